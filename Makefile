@@ -1,0 +1,60 @@
+# Sets up the project's own virtual environment and runs its main jobs.
+# `make help` lists them; variables: PYTHON (used to create the environment), VENV (where it stands), PORT (make serve).
+
+PYTHON ?= python3
+VENV ?= .venv
+PORT ?= 8000
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Kernels started by papermill, nbval and Jupyter Book belong to this environment, whatever kernels the user has registered.
+export PATH := $(abspath $(BIN)):$(PATH)
+export JUPYTER_PREFER_ENV_PATH := 1
+unexport JUPYTER_PATH
+unexport PYTHONHOME
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup train test book serve lint
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP) ## create the virtual environment and install the project into it
+
+# The stamp is written last, so an interrupted installation is taken up again by the next call.
+$(STAMP): pyproject.toml
+	@command -v "$(PYTHON)" >/dev/null 2>&1 || { \
+	  echo "error: '$(PYTHON)' was not found. Install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1), but Python 3.11 or newer is needed." >&2; \
+	  echo "Name a newer one: make PYTHON=python3.11" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv $(VENV) || { \
+	  echo "error: '$(PYTHON)' could not create $(VENV). On Debian and Ubuntu, install the package python3-venv." >&2; exit 1; }
+	@echo "Installing into $(VENV): some minutes the first time ..."
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[dev]"
+	@touch $@
+
+train: $(STAMP) ## train a tokenizer: the notebook's executed copy goes to runs/train_tokenizer.ipynb
+	@mkdir -p runs
+	$(BIN)/papermill book/train_tokenizer.ipynb runs/train_tokenizer.ipynb -p tokens 64
+
+# Both halves run even if the first fails; runs start from an empty directory, so training really happens.
+test: $(STAMP) ## run all tests: pytest, then the notebooks against their stored outputs
+	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && \
+	export SOFTVQ_RUNS="$$runs" HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 && failed=0; \
+	$(BIN)/python -m pytest || failed=1; \
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 book || failed=1; \
+	exit $$failed
+
+lint: $(STAMP) ## check style: ruff's linter and formatter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+book: $(STAMP) ## build the site into _build/html
+	$(BIN)/jupyter-book build book -n -W --keep-going
+
+serve: $(STAMP) ## show the site at http://127.0.0.1:8000 (PORT=... for another port); builds it if it is not there
+	@test -f _build/html/index.html || $(MAKE) book
+	$(BIN)/python -m http.server $(PORT) --bind 127.0.0.1 --directory _build/html

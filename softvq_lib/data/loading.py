@@ -1,0 +1,227 @@
+"""Batches in an exact order: a picture's turn and its crop depend on seed, epoch and position alone."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from softvq_lib.config import at_least
+from softvq_lib.data.images import fit, to_tensor
+from softvq_lib.data.source import Source, UnreadableImage
+
+# How many neighbours are tried in place of one unreadable picture; far more than the permitted 1 % ever needs.
+REPLACEMENTS = 100
+# Second word of every seed, so that no crop repeats the numbers that shuffled an epoch.
+ORDER, AUGMENTATION = 0, 1
+
+
+@dataclass
+class Batch:
+    """Pictures for one step.
+
+    Attributes:
+        images: float32 (b, 3, height, width) in [-1, 1].
+        labels: int64 (b,), -1 where there is none.
+        indices: int64 (b,), numbers in the source.
+        unreadable: (index, name, reason) of each picture left out while this batch was made.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    indices: torch.Tensor
+    unreadable: list[tuple[int, str, str]]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def training_batches(
+    source: Source,
+    *,
+    image_size: int,
+    batch_size: int,
+    seed: int,
+    steps: int,
+    start_step: int = 0,
+    flip: bool = False,
+    crop: float = 1.0,
+    workers: int | None = None,
+) -> Iterator[Batch]:
+    """Batches of the steps start_step, ..., steps - 1, the same for any number of workers and any start.
+
+    An epoch is a permutation of the source cut into floor(n / batch_size) whole batches; what is left over rests
+    until the next epoch. With fewer pictures than a batch holds, permutation follows permutation without a gap.
+    An unreadable picture is replaced by the next readable one of the source, and reported.
+
+    Args:
+        source: training pictures.
+        image_size: side of the pictures in pixels.
+        batch_size: pictures in a step.
+        seed: of order and augmentation, at least 0.
+        steps: number of the step before which to stop, counted from the beginning of training.
+        start_step: first step to make; earlier ones are not replayed.
+        flip: mirror left-right with probability 1/2.
+        crop: largest enlargement before the random crop, at least 1.
+        workers: loader processes; None as in `DataConfig`.
+
+    Raises:
+        ValueError: an argument is out of range, the source is empty, or no readable picture was found.
+    """
+    _check_sizes(source, image_size, batch_size)
+    at_least("seed", seed, 0)
+    at_least("crop", crop, 1)
+    at_least("start_step", start_step, 0)
+    keys = TrainingOrder(len(source), batch_size, seed, start_step, steps)
+    maker = _Maker(source, image_size, seed, crop=crop, flip=flip)
+    return _whole(_loader(maker, keys, worker_count(source, workers)), batch_size)
+
+
+def validation_batches(
+    source: Source, *, image_size: int, batch_size: int, limit: int | None = None, workers: int | None = 0
+) -> Iterator[Batch]:
+    """All pictures once, in the order of the source, cropped in the centre.
+
+    The last batch may be smaller. Unreadable pictures are left out and reported, so a batch may be smaller too.
+
+    Args:
+        source: pictures to measure on.
+        image_size: side of the pictures in pixels.
+        batch_size: pictures in a batch.
+        limit: only the first so many; None: all.
+        workers: loader processes; None as in `DataConfig`.
+
+    Raises:
+        ValueError: an argument is out of range, the source is empty, or none of its pictures can be read.
+    """
+    _check_sizes(source, image_size, batch_size)
+    at_least("limit", limit, 1)
+    count = min(len(source), limit or len(source))
+    starts = range(0, count, batch_size)
+    keys = [[(0, i, i) for i in range(start, min(start + batch_size, count))] for start in starts]
+    maker = _Maker(source, image_size, seed=None)
+    return _readable(_loader(maker, keys, worker_count(source, workers)))
+
+
+def worker_count(source: Source, workers: int | None) -> int:
+    """Number of loader processes: as asked, or none for embedded data and otherwise processors - 1, at most 4."""
+    at_least("workers", workers, 0)
+    if workers is not None:
+        return workers
+    # A container or a job scheduler often grants fewer processors than the machine has.
+    available = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
+    return 0 if source.embedded else min(4, len(available) - 1)
+
+
+def _check_sizes(source: Source, image_size: int, batch_size: int) -> None:
+    at_least("image_size", image_size, 1)
+    at_least("batch_size", batch_size, 1)
+    if not len(source):
+        raise ValueError("the data set holds no images")
+
+
+class TrainingOrder:
+    """The keys (epoch, position in the epoch, picture) of each batch from a step on; see `training_batches`."""
+
+    def __init__(self, count: int, batch_size: int, seed: int, start_step: int, steps: int):
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.start_step, self.steps = start_step, steps
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        whole = self.count // self.batch_size * self.batch_size
+        # Pictures in an epoch: whole batches, or all of them where one batch spans several epochs.
+        length = whole or self.count
+        known, order = -1, None
+        for step in range(self.start_step, self.steps):
+            batch = []
+            for number in range(step * self.batch_size, (step + 1) * self.batch_size):
+                epoch, position = divmod(number, length)
+                if epoch != known:
+                    order = np.random.default_rng((self.seed, ORDER, epoch)).permutation(self.count).tolist()
+                    known = epoch
+                batch.append((epoch, position, order[position]))
+            yield batch
+
+
+class _Maker(Dataset):
+    """Makes whole batches from keys, in the main process or a worker.
+
+    Pixels travel between processes as uint8 (b, h, w, 3), a quarter of the size of floats.
+    """
+
+    def __init__(self, source: Source, size: int, seed: int | None, crop: float = 1.0, flip: bool = False):
+        self.source, self.size, self.seed, self.crop, self.flip = source, size, seed, crop, flip
+
+    def __getitems__(self, keys: list[tuple[int, int, int]]) -> tuple:
+        pixels = np.empty((len(keys), self.size, self.size, 3), dtype=np.uint8)
+        labels, indices, unreadable = [], [], []
+        for epoch, position, index in keys:
+            found = self._read(index, unreadable)
+            if found is None:
+                continue
+            image, label, index = found
+            generator = None
+            if self.seed is not None:
+                generator = np.random.default_rng((self.seed, AUGMENTATION, epoch, position))
+            pixels[len(labels)] = fit(image, self.size, generator, crop=self.crop, flip=self.flip)
+            labels.append(label)
+            indices.append(index)
+        made = torch.from_numpy(pixels[: len(labels)])
+        return made, torch.tensor(labels, dtype=torch.int64), torch.tensor(indices, dtype=torch.int64), unreadable
+
+    def _read(self, index: int, unreadable: list) -> tuple | None:
+        """Picture, label and index; in training of the next readable picture, else None if it is damaged."""
+        count = len(self.source)
+        for offset in range(1 if self.seed is None else min(count, 1 + REPLACEMENTS)):
+            here = (index + offset) % count
+            try:
+                return *self.source[here], here
+            except UnreadableImage as error:
+                unreadable.append((error.index, error.name, error.reason))
+        return None
+
+
+def _as_is(made: tuple) -> tuple:
+    return made
+
+
+def _loader(maker: _Maker, keys, workers: int) -> DataLoader:
+    return DataLoader(
+        maker,
+        batch_sampler=keys,
+        num_workers=workers,
+        collate_fn=_as_is,
+        # A generator of its own: the loader would otherwise draw from, and so advance, the global one.
+        generator=torch.Generator(),
+    )
+
+
+def _whole(loader: DataLoader, batch_size: int) -> Iterator[Batch]:
+    for pixels, labels, indices, unreadable in loader:
+        if len(labels) < batch_size:
+            raise ValueError(_none_readable(f"{REPLACEMENTS} images in a row are unreadable", unreadable))
+        yield Batch(to_tensor(pixels), labels, indices, unreadable)
+
+
+def _readable(loader: DataLoader) -> Iterator[Batch]:
+    # One batch is held back, so that the reports of a batch that came out empty go out with the one before it.
+    held, reports = None, []
+    for pixels, labels, indices, unreadable in loader:
+        if held is None or len(labels):
+            if held is not None:
+                yield held
+            reports += unreadable
+            if len(labels):
+                held, reports = Batch(to_tensor(pixels), labels, indices, reports), []
+        else:
+            held.unreadable += unreadable
+    if held is None:
+        raise ValueError(_none_readable("none of the validation images can be read", reports))
+    yield held
+
+
+def _none_readable(what: str, unreadable: list[tuple[int, str, str]]) -> str:
+    first = "; ".join(f"{name} ({reason})" for _, name, reason in unreadable[:5])
+    return f"{what}. First of them: {first}. Repair or remove these files."

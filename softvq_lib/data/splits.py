@@ -1,0 +1,187 @@
+"""One `dataset` parameter for embedded data, a folder, parquet and the hub, and the split for validation."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from softvq_lib.config import at_least, fingerprint, nearest
+from softvq_lib.data import digits, files, shapes
+from softvq_lib.data.source import Source, fixed_order
+from softvq_lib.data.tables import TableSource, find_columns
+
+EMBEDDED = ["digits", "shapes"]
+HOLD_OUT = 0.05
+HOLD_OUT_MOST = 5000
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The flat parameters that concern data.
+
+    Attributes:
+        dataset: ``digits``, ``shapes``, a folder, a parquet file or pattern, or a hub name ``owner/name``.
+        image_column: column of the pictures; None: found.
+        label_column: column of the labels; None: found, and none is fine.
+        flip: mirror training pictures left-right at random.
+        crop: training pictures are enlarged by a factor uniform in [1, crop] and cropped at random. The paper
+            uses 1.25; validation pictures are cropped in the centre.
+        limit: train on at most so many pictures, the first of the fixed order; None: all.
+        workers: loader processes; None: none for embedded data, else one less than the processors, at most 4.
+            Changes the speed, never the batches.
+    """
+
+    dataset: str = "digits"
+    image_column: str | None = None
+    label_column: str | None = None
+    flip: bool = False
+    crop: float = 1.0
+    limit: int | None = None
+    workers: int | None = None
+
+    def __post_init__(self):
+        if not self.dataset.strip():
+            raise ValueError("dataset is empty: give digits, shapes, a folder, parquet files or a hub name.")
+        at_least("crop", self.crop, 1)
+        at_least("limit", self.limit, 1)
+        at_least("workers", self.workers, 0)
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """A data set ready for use.
+
+    Attributes:
+        train: training pictures in a fixed shuffled order.
+        validation: held-out pictures in a fixed shuffled order.
+        name: a short name for people; never a path.
+        fingerprint: sha256 (hex) of what the pictures are and how they are split; the same on every machine and
+            wherever the files lie.
+        classes: names of the labels, None without labels.
+    """
+
+    train: Source
+    validation: Source
+    name: str
+    fingerprint: str
+    classes: list[str] | None
+
+    def describe(self) -> str:
+        """One line: name, sizes and classes."""
+        labels = "no labels"
+        if self.classes is not None:
+            names = ", ".join(self.classes)
+            labels = f"{len(self.classes)} classes" + (f" ({names})" if len(names) <= 80 else "")
+        return f"{self.name}: {len(self.train):,} training and {len(self.validation):,} validation images, {labels}"
+
+
+def open_dataset(config: DataConfig, image_size: int) -> DataSplits:
+    """Open a data set and split it.
+
+    Splits that the data set brings are used (train, and validation or else test). Otherwise 5 % of the pictures,
+    at least 1 and at most 5,000, are held out by an order that is fixed for ever.
+
+    Args:
+        config: which data set, and how.
+        image_size: side in pixels at which `shapes` are drawn; the others keep their stored size until a batch
+            is made.
+
+    Raises:
+        ValueError: the data set is not known, missing, empty or damaged; the message names the remedy.
+    """
+    at_least("image_size", image_size, 1)
+    if config.dataset in EMBEDDED:
+        return _embedded(config, image_size)
+    tables = _locate(config.dataset)
+    used = _choose_splits(list(tables.splits), config.dataset)
+    columns = find_columns(
+        {name: tables.splits[name] for name in used}, config.image_column, config.label_column, config.dataset
+    )
+    train = tables.splits[used[0]]
+    order = fixed_order(len(train), salt=2)
+    if len(used) == 2:
+        rule = " and ".join(used)
+        validation = tables.splits[used[1]]
+        held_out = fixed_order(len(validation), salt=3)
+    else:
+        count = min(HOLD_OUT_MOST, max(1, round(HOLD_OUT * len(train))))
+        if len(train) < 2:
+            raise ValueError(
+                f"dataset='{config.dataset}' holds one image only. At least two are needed: one to train on and "
+                "one for validation. Add images, or a validation split."
+            )
+        rule, validation = f"{count} of {used[0]} held out, order 2", train
+        order, held_out = order[:-count], order[-count:]
+    order = order[: config.limit]
+    identity = {
+        **tables.identity,
+        "split": rule,
+        "train": len(order),
+        "validation": len(held_out),
+        "columns": [columns.image, columns.label],
+    }
+    return DataSplits(
+        TableSource(train, columns, order, used[0], tables.root),
+        TableSource(validation, columns, held_out, used[-1], tables.root),
+        tables.name,
+        fingerprint(identity),
+        columns.classes,
+    )
+
+
+def _embedded(config: DataConfig, image_size: int) -> DataSplits:
+    for parameter in ("image_column", "label_column"):
+        if getattr(config, parameter) is not None:
+            raise ValueError(
+                f"{parameter}='{getattr(config, parameter)}' has no meaning for dataset='{config.dataset}', "
+                "which has no columns: leave it out."
+            )
+    if config.dataset == "digits":
+        train, validation = digits.DigitsSource("train", config.limit), digits.DigitsSource("validation")
+        identity, classes = digits.digits_identity(), digits.CLASSES
+    else:
+        train = shapes.ShapesSource("train", image_size, config.limit)
+        validation = shapes.ShapesSource("validation", image_size)
+        identity, classes = shapes.shapes_identity(), shapes.CLASSES
+    identity |= {"train": len(train), "validation": len(validation)}
+    return DataSplits(train, validation, config.dataset, fingerprint(identity), list(classes))
+
+
+def _locate(dataset: str) -> files.Tables:
+    """Decide what a `dataset` that is not embedded means, and load it."""
+    path = Path(dataset).expanduser()
+    if path.is_dir():
+        return files.load_folder(path.resolve(), dataset)
+    if path.is_file():
+        if path.suffix.lower() != ".parquet":
+            raise ValueError(
+                f"dataset='{dataset}' is a file of kind '{path.suffix}'. Give a folder of images or parquet files."
+            )
+        return files.load_parquet([path.resolve()], dataset)
+    if any(sign in dataset for sign in "*?["):
+        return files.load_parquet([found.resolve() for found in files.find_parquet(dataset)], dataset)
+    owner, *rest = dataset.split("/")
+    if "/" not in dataset and os.sep not in dataset and path.suffix.lower() != ".parquet":
+        local = sorted(entry.name for entry in Path().iterdir() if entry.is_dir())
+        raise ValueError(
+            f"dataset='{dataset}' is not known{nearest(dataset, EMBEDDED) or nearest(dataset, local)} It is "
+            f"neither embedded ({', '.join(EMBEDDED)}) nor a folder of {Path.cwd()}; a hub name has the form "
+            "owner/name."
+        )
+    is_path = len(rest) != 1 or not rest[0] or owner in ("", ".", "..", "~") or os.path.isdir(owner)
+    if is_path or path.suffix.lower() == ".parquet":
+        raise files.missing(path, dataset)
+    return files.load_hub(dataset)
+
+
+def _choose_splits(names: list[str], dataset: str) -> list[str]:
+    """The split to train on and, where there is one, the split for validation."""
+    if not names:
+        raise ValueError(f"dataset='{dataset}' holds no images: every split of it is empty.")
+    if "train" in names:
+        return ["train", *[name for name in ("validation", "test") if name in names][:1]]
+    if len(names) == 1:
+        return names
+    raise ValueError(
+        f"dataset='{dataset}' has the splits {', '.join(names)} and none named train. Rename one, or give a "
+        "single one of them."
+    )

@@ -1,0 +1,6 @@
+"""Measurements of trained tokenizers (Sec. 4.1, Evaluation)."""
+
+from softvq_lib.evaluation.baselines import pca_psnr
+from softvq_lib.evaluation.statistics import bootstrap_mean
+
+__all__ = ["bootstrap_mean", "pca_psnr"]

@@ -1,0 +1,169 @@
+"""Experiments, one function a notebook: train or load, measure, record."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from softvq_lib import config as strictly
+from softvq_lib import results as rows_of
+from softvq_lib.data import DataSplits, open_dataset
+from softvq_lib.evaluation import bootstrap_mean, pca_psnr
+from softvq_lib.training import Reconstruction, Run, reconstruct
+from softvq_lib.training.run import now, provenance
+from softvq_lib.training.tokenizer import CONFIGS, train
+
+
+@dataclass(frozen=True)
+class RecordConfig:
+    """What is kept of an experiment.
+
+    Attributes:
+        results: Folder whose `train_tokenizer.jsonl` the measured rows are appended to. None: nothing is recorded.
+    """
+
+    results: str | None = None
+
+
+TOKENIZER_EXPERIMENT = (*CONFIGS, RecordConfig)
+
+_OF_JUPYTER = {"In", "Out", "exit", "quit", "get_ipython", "open"}
+
+
+def parameters(namespace: Mapping[str, object]) -> dict[str, object]:
+    """Collect a notebook's parameters: the plain values among its global names, `parameters(globals())`.
+
+    A value that papermill was given under a misspelt name is a global like any other, so that whoever gets this
+    dictionary can refuse it; papermill itself only logs it. Names that start with an underscore are left out.
+    """
+    return {
+        name: value
+        for name, value in namespace.items()
+        if not name.startswith("_")
+        and name not in _OF_JUPYTER
+        and (value is None or isinstance(value, (bool, int, float, str, list, tuple, dict)))
+    }
+
+
+@dataclass
+class TokenizerExperiment:
+    """A trained tokenizer with what was measured on held-out images.
+
+    Attributes:
+        run: The run on the disk.
+        data: The data set that it was trained and measured on.
+        measured: PSNR by image, codebook usage, some reconstructions.
+        pca: PSNR by image of the linear baseline, by number of components.
+    """
+
+    run: Run
+    data: DataSplits
+    measured: Reconstruction
+    pca: dict[int, np.ndarray]
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images in pixels."""
+        return self.run.identity["image_size"]
+
+    @property
+    def gain(self) -> float:
+        """Held-out PSNR after training less that before it, in dB."""
+        curve = [row["val_psnr"] for row in self.run.metrics if "val_psnr" in row]
+        return curve[-1] - curve[0]
+
+    def table(self) -> list[dict[str, object]]:
+        """Held-out PSNR of the tokenizer and of PCA: mean over images, 95 % bootstrap interval, n."""
+        identity = self.run.identity
+        ours = f"{identity['quantizer']}, {identity['tokens']} tokens x {identity['dim']}"
+        methods = {ours: self.measured.psnr} | {f"PCA, {n} components": values for n, values in self.pca.items()}
+        lines = []
+        for name, values in methods.items():
+            mean, low, high = bootstrap_mean(values)
+            lines.append({"method": name, "psnr": mean, "low": low, "high": high, "n": len(values)})
+        return lines
+
+    def __str__(self) -> str:
+        lines = [f"{'':34}{'PSNR, dB':>9}  95 % interval      n"]
+        for row in self.table():
+            lines.append(f"{row['method']:34}{row['psnr']:9.2f}  [{row['low']:.2f}, {row['high']:.2f}]  {row['n']:6d}")
+        usage = self.measured.usage
+        size = self.run.identity["codebook_size"]
+        lines.append(
+            f"codebook usage {100 * usage['usage']:.1f} % of {size} codes, perplexity {usage['perplexity']:.1f}"
+        )
+        return "\n".join(lines)
+
+
+def train_tokenizer(**values: object) -> TokenizerExperiment:
+    """Train (or load) a tokenizer, measure it on held-out images beside PCA, and record the rows if asked to.
+
+    Args:
+        values: Fields of `TokenizerConfig`, `DataConfig`, `LossConfig`, `TrainConfig` and `RecordConfig`.
+
+    Raises:
+        ValueError: for a parameter that is unknown (the nearest is named) or out of range, and for data or folders
+            that cannot be used; nothing is trained or changed then.
+    """
+    _, data_config, _, settings, record = strictly.split(values, *TOKENIZER_EXPERIMENT)
+    run = train(**{name: value for name, value in values.items() if name not in strictly.fields_of(RecordConfig)})
+    image_size = run.identity["image_size"]
+    data = open_dataset(data_config, image_size)
+    experiment = TokenizerExperiment(
+        run=run,
+        data=data,
+        measured=reconstruct(run.tokenizer, data.validation, limit=settings.val_images),
+        pca=pca_psnr(data.train, data.validation, image_size=image_size, limit=settings.val_images),
+    )
+    if record.results:
+        _record(experiment, Path(record.results), data_config.dataset in _SHOWABLE)
+    return experiment
+
+
+# Data whose images may be shown; of any other, committed pictures show only what a model made.
+_SHOWABLE = ("digits", "shapes")
+
+
+def _record(experiment: TokenizerExperiment, folder: Path, originals: bool) -> None:
+    run = experiment.run
+    manifest = run.manifest
+    here = provenance()
+    common = {
+        "experiment": "train_tokenizer",
+        "run": run.name,
+        "n": len(experiment.measured.psnr),
+        "seed": run.identity["seed"],
+        "source": "measured",
+        "data": manifest["data"]["name"],
+        "data_fingerprint": manifest["data"]["fingerprint"],
+        "config": run.identity,
+        "config_hash": run.config_hash,
+        "device": manifest["device_name"],
+        "precision": manifest["precision"],
+        "date": now(),
+        **{name: here[name] for name in ("commit", "dirty", "packages", "python")},
+        "code": manifest["code"],
+    }
+    interval = "95 % percentile bootstrap over images"
+    rows = []
+    for line, key in zip(experiment.table(), ("psnr", *(f"psnr_pca_{n}" for n in experiment.pca)), strict=True):
+        rows.append(
+            {
+                **common,
+                "metric": key,
+                "value": line["psnr"],
+                "low": line["low"],
+                "high": line["high"],
+                "interval": interval,
+            }
+        )
+    for name, value in experiment.measured.usage.items():
+        rows.append({**common, "metric": name, "value": value, "low": None, "high": None, "interval": ""})
+    pictures = {f"{run.name}-step-{step:08d}.png": path for step, path in run.snapshots.items()}
+    if originals:
+        pictures[f"{run.name}-originals.png"] = run.path / "images" / "originals.png"
+    rows[0]["pictures"] = rows_of.keep_pictures(folder / "train_tokenizer", pictures)
+    rows[0]["curve"] = [[row["step"], row["val_psnr"]] for row in run.metrics if "val_psnr" in row]
+    rows[0]["train_seconds"] = run.seconds
+    rows_of.append(folder / "train_tokenizer.jsonl", rows)

@@ -1,0 +1,148 @@
+"""Figures of the experiments: functions of a run, a measurement or of results rows, and of nothing else."""
+
+from pathlib import Path
+
+import numpy as np
+
+from softvq_lib.style import OKABE_ITO, WIDTH, colour_of, use_style
+
+
+def _tiles(images) -> list[np.ndarray]:
+    """Split images (b, 3, height, width) in [-1, 1] into arrays (height, width, 3) in [0, 1]."""
+    return list(((images.float().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).cpu().numpy())
+
+
+def _rows_of_tiles(rows: list[tuple[str, list[np.ndarray]]], captions: list[str] | None = None):
+    """Draw labelled rows of pictures; captions stand under the last row."""
+    import matplotlib.pyplot as plt
+
+    use_style()
+    columns = max(len(tiles) for _, tiles in rows)
+    side = (WIDTH - 0.9) / columns
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(WIDTH, len(rows) * side + 0.25 * bool(captions)), squeeze=False
+    )
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
+    for line, (label, tiles) in zip(axes, rows, strict=True):
+        for axis in line:
+            axis.set(xticks=[], yticks=[])
+            axis.grid(False)
+            for spine in axis.spines.values():
+                spine.set_visible(False)
+        for axis, tile in zip(line, tiles, strict=False):
+            axis.imshow(tile, vmin=0, vmax=1, cmap="gray" if tile.ndim == 2 else None)
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center")
+    for axis, caption in zip(axes[-1], captions or [], strict=False):
+        axis.set_xlabel(caption)
+    return figure
+
+
+def data_sheet(splits, image_size: int, count: int = 16):
+    """Show the first training images of a data set, with their labels where it has any."""
+    from softvq_lib.data import validation_batches
+
+    batch = next(iter(validation_batches(splits.train, image_size=image_size, batch_size=count, limit=count)))
+    tiles = _tiles(batch.images)
+    half = (len(tiles) + 1) // 2
+    return _rows_of_tiles([("train", tiles[:half]), ("", tiles[half:])] if len(tiles) > 1 else [("train", tiles)])
+
+
+def reconstructions(measured):
+    """Show held-out images, their reconstructions and the absolute difference, with each image's PSNR."""
+    images, ours = _tiles(measured.images), _tiles(measured.reconstructions)
+    difference = [np.abs(a - b).mean(-1) for a, b in zip(images, ours, strict=True)]
+    captions = [f"{value:.1f} dB" for value in measured.psnr[: len(images)]]
+    return _rows_of_tiles([("original", images), ("ours", ours), ("error", difference)], captions)
+
+
+def _strip(path: Path) -> list[np.ndarray]:
+    """Cut a picture of square images side by side, one pixel of white around each, into its images."""
+    from PIL import Image
+
+    picture = np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / 255
+    pitch = picture.shape[0] - 1
+    starts = range(1, picture.shape[1] - 1, pitch)
+    return [picture[1:pitch, start : start + pitch - 1] for start in starts]
+
+
+def progress(snapshots: dict[int, Path], originals: Path | None = None):
+    """Show the same held-out images reconstructed at several steps of training, a row a step."""
+    rows = [(f"step {step}", _strip(path)) for step, path in sorted(snapshots.items())]
+    if originals is not None:
+        rows.append(("original", _strip(originals)))
+    return _rows_of_tiles(rows)
+
+
+def curves(metrics: list[dict], quantizer: str = "softvq"):
+    """Draw the training loss and its KL term, and the PSNR of held-out images, against the step."""
+    import matplotlib.pyplot as plt
+
+    use_style()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.7))
+    training = [row for row in metrics if "loss" in row]
+    steps = [row["step"] for row in training]
+    left.plot(steps, [row["reconstruction"] for row in training], color=colour_of(quantizer))
+    left.set(xlabel="step", ylabel="reconstruction loss", yscale="log")
+    if training and "kl" in training[0]:
+        twin = left.twinx()
+        twin.plot(steps, [row["kl"] for row in training], color=OKABE_ITO["orange"], linewidth=1.2)
+        twin.set_ylabel("KL term, nats", color=OKABE_ITO["orange"])
+        twin.grid(False)
+    held_out = [row for row in metrics if "val_psnr" in row]
+    right.plot(
+        [row["step"] for row in held_out], [row["val_psnr"] for row in held_out], "o-", color=colour_of(quantizer)
+    )
+    right.set(xlabel="step", ylabel="held-out PSNR, dB")
+    return figure
+
+
+def code_usage(measured, quantizer: str = "softvq"):
+    """Draw the average posterior over the codes, most used first, against an even use of all."""
+    import matplotlib.pyplot as plt
+
+    use_style()
+    figure, axis = plt.subplots(figsize=(WIDTH * 0.6, 2.5))
+    for probability in measured.code_probability:
+        axis.plot(np.sort(probability)[::-1], color=colour_of(quantizer), alpha=0.8)
+    codes = measured.code_probability.shape[1]
+    axis.axhline(1 / codes, color=OKABE_ITO["grey"], linestyle="--", linewidth=1)
+    axis.annotate("even use", (codes, 1 / codes), ha="right", va="bottom", color=OKABE_ITO["grey"])
+    axis.set(xlabel="code, most used first", ylabel="average posterior", yscale="log")
+    axis.set_title(
+        f"usage {100 * measured.usage['usage']:.0f} %, perplexity {measured.usage['perplexity']:.0f} of {codes}"
+    )
+    return figure
+
+
+def recorded_curves(rows: list[dict]):
+    """Draw held-out PSNR against the step for every recorded run, from results rows."""
+    import matplotlib.pyplot as plt
+
+    use_style()
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.0))
+    for row in rows:
+        if row["metric"] == "psnr" and row.get("curve"):
+            axis.plot(*zip(*row["curve"], strict=True), "o-", label=row["run"])
+    axis.set(xlabel="step", ylabel="held-out PSNR, dB", xscale="symlog")
+    axis.legend(loc="lower right")
+    return figure
+
+
+def recorded_progress(row: dict, folder: Path):
+    """Draw the pictures of progress that a results row names, after checking their sha256.
+
+    Raises:
+        ValueError: when a picture is missing or is not the one that was recorded.
+    """
+    import hashlib
+
+    snapshots, originals = {}, None
+    for name, sha256 in row["pictures"].items():
+        path = Path(folder) / name
+        if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            raise ValueError(f"{path} is missing or is not the picture that its results row names.")
+        if name.endswith("-originals.png"):
+            originals = path
+        else:
+            snapshots[int(path.stem.rsplit("-", 1)[1])] = path
+    return progress(snapshots, originals)

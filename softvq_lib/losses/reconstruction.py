@@ -1,0 +1,16 @@
+"""Reconstruction loss (the first term of Eq. 7) and PSNR, its decibel form."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+RECONSTRUCTION = {"l2": F.mse_loss, "l1": F.l1_loss}
+
+
+def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image in dB, (b,).
+
+    Both inputs are (b, 3, height, width) in [-1, 1]: a data range of 2. Reconstructions are clamped to it, as they
+    are when shown. Identical images give infinity.
+    """
+    error = (images - reconstructions.clamp(-1, 1)).double().square().flatten(1).mean(1)  # (b,)
+    return 10 * (4 / error).log10()

@@ -1,0 +1,61 @@
+"""Tables in Markdown, from results rows and nothing else."""
+
+from softvq_lib.results import SOURCES
+
+
+def _interval(row: dict, digits: int) -> str:
+    value = f"{row['value']:.{digits}f}"
+    return value if row["low"] is None else f"{value} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+
+
+def reconstruction(rows: list[dict]) -> str:
+    """One line a recorded run: what it is, PSNR beside PCA with intervals, codebook use, training time.
+
+    Only measured rows are drawn: the sources never share a column.
+    """
+    assert "measured" in SOURCES
+    by_run: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        if row["source"] == "measured":
+            by_run.setdefault(row["run"], {})[row["metric"]] = row
+    if not by_run:
+        return "*No rows have been recorded.*"
+    lines = [
+        "| data | tokens × dim | steps | PSNR, dB | PCA 16 | PCA 64 | codes used | perplexity | minutes | n |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for metrics in by_run.values():
+        row = metrics["psnr"]
+        config = row["config"]
+        pca = [_interval(metrics[f"psnr_pca_{n}"], 2) if f"psnr_pca_{n}" in metrics else "–" for n in (16, 64)]
+        cells = [
+            f"{row['data']}, {config['image_size']} px",
+            f"{config['tokens']} × {config['dim']}",
+            f"{config['steps']:,}",
+            _interval(row, 2),
+            *pca,
+            f"{100 * metrics['usage']['value']:.0f} %",
+            f"{metrics['perplexity']['value']:.0f} of {config['codebook_size']}",
+            f"{row['train_seconds'] / 60:.1f}",
+            f"{row['n']:,}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def provenance(rows: list[dict]) -> str:
+    """One sentence on where rows come from: commits, devices, versions, dates, data."""
+
+    def all_of(name: str) -> str:
+        return ", ".join(sorted({str(row[name]) for row in rows}))
+
+    if not rows:
+        return "*No rows have been recorded.*"
+    torch = ", ".join(sorted({row["packages"]["torch"] for row in rows}))
+    commits = ", ".join(sorted({str(row["commit"])[:9] + ("+" if row["dirty"] else "") for row in rows}))
+    days = ", ".join(sorted({row["date"][:10] for row in rows}))
+    data = ", ".join(sorted({f"{row['data']} {row['data_fingerprint'][:12]}" for row in rows}))
+    return (
+        f"*Provenance: {len(rows)} measured rows; commit {commits} (+: with changes since); {all_of('device')}; "
+        f"{all_of('precision')}; torch {torch}; {days}; data {data}.*"
+    )

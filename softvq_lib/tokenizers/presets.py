@@ -1,0 +1,154 @@
+"""Tokenizer sizes (Sec. 4.1: SoftVQ-S, -B, -BL, -L) as rows of a table, and the configuration that they fill in."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from softvq_lib.config import at_least, one_of
+
+_DINOV2 = "vit_{}_patch14_dinov2.lvd142m"
+
+
+def _small(width: int, depth: int, heads: int) -> dict:
+    # A LayerScale that starts at 1e-5, as DINOv2's does, needs thousands of steps to open; small nets go without.
+    return {"embed_dim": width, "depth": depth, "num_heads": heads, "init_values": None}
+
+
+# encoder, decoder: timm names; *_overrides: what differs from the named architecture.
+# The paper's sizes carry 4 codebooks of 8192 (the release's setting); tokens x dim = 2048 (Tab. 3).
+# patch: (largest side in pixels, least patches across), from which the default patch size follows.
+_FULL = {"image_size": 256, "patch": (16, 8), "dim": None, "codebook_size": 8192, "codebooks": 4, "overrides": {}}
+PRESETS: dict[str, dict] = {
+    "tiny": {
+        "encoder": _DINOV2.format("small"),
+        "decoder": _DINOV2.format("small"),
+        "overrides": _small(64, 2, 2),
+        "image_size": 32,
+        "patch": (8, 4),
+        "dim": 16,
+        "codebook_size": 256,
+        "codebooks": 1,
+    },
+    "mini": {
+        "encoder": _DINOV2.format("small"),
+        "decoder": _DINOV2.format("small"),
+        "overrides": _small(160, 4, 5),
+        "image_size": 32,
+        "patch": (8, 4),
+        "dim": 16,
+        "codebook_size": 1024,
+        "codebooks": 1,
+    },
+    "s": {"encoder": _DINOV2.format("small"), "decoder": _DINOV2.format("small"), **_FULL},
+    "b": {"encoder": _DINOV2.format("base"), "decoder": _DINOV2.format("base"), **_FULL},
+    "bl": {"encoder": _DINOV2.format("base"), "decoder": _DINOV2.format("large"), **_FULL},
+    "l": {"encoder": _DINOV2.format("large"), "decoder": _DINOV2.format("large"), **_FULL},
+}
+
+MAX_TOKENS = 1024
+MAX_PATCHES = 4096
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """What a tokenizer is. None means "as the preset says"; `resolved` fills it in.
+
+    Attributes:
+        preset: Row of `PRESETS`.
+        quantizer: What stands between encoder and decoder.
+        tokens: Latent tokens l, 1 to 1024, divisible by `codebooks`.
+        dim: Latent channels d. None: the preset's, or 2048 / tokens at 256 px and above.
+        codebook_size: Codes k of one codebook.
+        codebooks: Segments of consecutive tokens with a codebook each.
+        posterior: Form of the soft assignment, see `softvq_lib.tokenizers.softvq`.
+        temperature: tau of Eq. 4, above 0.
+        entropy_temperature: Temperature of the KL term's posterior. None: 0.01 for `released`, tau otherwise.
+        image_size: Height and width in pixels.
+        patch_size: Side of a patch in pixels. None: the preset's (16 for the paper's), smaller for small images.
+        pretrained: Start the encoder from the published weights of its timm name, where the network allows.
+    """
+
+    preset: str = "tiny"
+    quantizer: str = "softvq"
+    tokens: int = 64
+    dim: int | None = None
+    codebook_size: int | None = None
+    codebooks: int | None = None
+    posterior: str = "released"
+    temperature: float = 0.07
+    entropy_temperature: float | None = None
+    image_size: int | None = None
+    patch_size: int | None = None
+    pretrained: bool = False
+
+    def __post_init__(self):
+        one_of("preset", self.preset, PRESETS)
+        at_least("tokens", self.tokens, 1)
+        if self.tokens > MAX_TOKENS:
+            raise ValueError(f"tokens={self.tokens} is more than {MAX_TOKENS}, the most that is supported.")
+        for name in ("dim", "codebook_size", "codebooks", "image_size", "patch_size"):
+            at_least(name, getattr(self, name), 1)
+        at_least("temperature", self.temperature, 0, above=True)
+        at_least("entropy_temperature", self.entropy_temperature, 0, above=True)
+
+    @property
+    def patches(self) -> int:
+        """Number of image patches n."""
+        return (self.image_size // self.patch_size) ** 2
+
+    def resolved(self) -> "TokenizerConfig":
+        """Return the configuration with every None filled in.
+
+        Raises:
+            ValueError: when image_size is not divisible by patch_size, tokens not by codebooks, or dim cannot be told.
+        """
+        row = PRESETS[self.preset]
+        image_size = self.image_size or row["image_size"]
+        patch_size = self.patch_size or _patch_size(image_size, *row["patch"])
+        if image_size % patch_size:
+            divisors = [p for p in range(1, 65) if image_size % p == 0]
+            raise ValueError(
+                f"image_size={image_size} is not divisible by patch_size={patch_size}: "
+                f"choose patch_size among {', '.join(map(str, divisors))}, or another image_size."
+            )
+        if self.pretrained and row["overrides"]:
+            full = ", ".join(name for name, other in PRESETS.items() if not other["overrides"])
+            raise ValueError(f"preset={self.preset!r} has no pretrained weights of its size: choose among {full}.")
+        codebooks = self.codebooks or row["codebooks"]
+        if self.tokens % codebooks:
+            divisors = [n for n in range(1, self.tokens + 1) if self.tokens % n == 0]
+            raise ValueError(
+                f"tokens={self.tokens} is not divisible by codebooks={codebooks}, which share the tokens in equal "
+                f"segments: choose codebooks among {', '.join(map(str, divisors))}, or another number of tokens."
+            )
+        config = dataclasses.replace(
+            self,
+            image_size=image_size,
+            patch_size=patch_size,
+            codebooks=codebooks,
+            codebook_size=self.codebook_size or row["codebook_size"],
+            dim=self.dim or _dim(self.tokens, image_size, row["dim"]),
+            entropy_temperature=self.entropy_temperature
+            or (0.01 if self.posterior == "released" else self.temperature),
+        )
+        if config.patches > MAX_PATCHES:
+            raise ValueError(
+                f"image_size={image_size} with patch_size={patch_size} makes {config.patches} patches, more than "
+                f"{MAX_PATCHES}: choose a larger patch_size."
+            )
+        return config
+
+
+def _patch_size(image_size: int, largest: int, across: int) -> int:
+    limit = max(1, min(largest, image_size // across))
+    return max(p for p in range(1, limit + 1) if image_size % p == 0)
+
+
+def _dim(tokens: int, image_size: int, row: int | None) -> int:
+    if image_size >= 256 and 2048 % tokens == 0:
+        return 2048 // tokens
+    if image_size < 256 and row:
+        return row
+    raise ValueError(
+        f"dim has no default for tokens={tokens} at image_size={image_size} (the paper's rule, dim = 2048 / tokens, "
+        "is for 256 px and above and token counts that divide 2048): give dim, for example dim=32."
+    )

@@ -1,0 +1,158 @@
+"""A run: a directory named by its configuration, holding manifest, metrics, checkpoints and the tokenizer."""
+
+import json
+import logging
+import os
+import platform
+import re
+import subprocess
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+
+from softvq_lib import ROOT, config
+from softvq_lib.training.files import read_lines, write_json
+
+log = logging.getLogger(__name__)
+
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "datasets")
+
+
+def runs_folder(runs: str | None) -> Path:
+    """Return the folder of all runs: the one asked for, $SOFTVQ_RUNS, the checkout's, or `runs` right here."""
+    chosen = runs or os.environ.get("SOFTVQ_RUNS")
+    if chosen:
+        return Path(chosen).expanduser().resolve()
+    checkout = (ROOT / "pyproject.toml").exists()
+    return (ROOT if checkout else Path.cwd()) / "runs"
+
+
+def code_hash() -> str:
+    """Return a sha256 of the library's source that a run's outcome depends on."""
+    package = Path(__file__).parents[1]
+    parts = ("tokenizers", "losses", "training", "data")
+    files = sorted(path for part in parts for path in (package / part).rglob("*.py"))
+    return config.fingerprint({str(path.relative_to(package)): path.read_text() for path in files})
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def provenance() -> dict[str, object]:
+    """Return commit, whether files were changed since, code hash, python, packages and machine."""
+    versions = {}
+    for name in _PACKAGES:
+        versions[name] = metadata.version(name)
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": None if changed is None else bool(changed),
+        "code": code_hash(),
+        "python": platform.python_version(),
+        "packages": versions,
+        "cpus": os.cpu_count(),
+    }
+
+
+def now() -> str:
+    """Return the time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def slug(text: str) -> str:
+    """Return text fit for a folder name."""
+    return re.sub(r"[^a-z0-9]+", "-", Path(text).name.lower().replace("*", "")).strip("-")[:24] or "data"
+
+
+class Run:
+    """A training run on the disk.
+
+    Attributes:
+        path: Its directory.
+        identity: The resolved configuration that names it.
+        trained: Optimiser steps made by this call; 0 when the run was found finished.
+    """
+
+    def __init__(self, path: Path, identity: dict):
+        self.path, self.identity, self.trained = Path(path), identity, 0
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config_hash(self) -> str:
+        return config.fingerprint(self.identity)
+
+    @property
+    def manifest(self) -> dict:
+        path = self.path / "manifest.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    @property
+    def finished(self) -> bool:
+        return self.manifest.get("status") == "finished"
+
+    @property
+    def metrics(self) -> list[dict]:
+        """Rows of losses and held-out measurements, by step."""
+        return read_lines(self.path / "metrics.jsonl")
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent in optimiser steps, by the timings of the run; interruptions and measuring left out."""
+        return sum(row["seconds"] for row in read_lines(self.path / "timings.jsonl"))
+
+    @property
+    def snapshots(self) -> dict[int, Path]:
+        """Pictures of reconstructed held-out images, by step."""
+        return {int(path.stem[5:]): path for path in sorted((self.path / "images").glob("step-*.png"))}
+
+    @cached_property
+    def tokenizer(self):
+        """The trained tokenizer (moving average of the weights), in evaluation mode, on the CPU."""
+        from softvq_lib.tokenizers import Tokenizer
+
+        return Tokenizer.from_pretrained(self.path / "tokenizer").eval()
+
+    def update(self, **entries: object) -> None:
+        """Write entries into the manifest."""
+        write_json(self.path / "manifest.json", {**self.manifest, **entries})
+
+    def claim(self, requested: dict) -> None:
+        """Make the directory this run's, or check that it already is.
+
+        Raises:
+            ValueError: when it holds another configuration; nothing is changed then.
+        """
+        held = self.path / "config.json"
+        if not held.exists():
+            if any(self.path.iterdir()):
+                raise ValueError(f"{self.path} is not empty and holds no run: choose another run name or runs folder.")
+            write_json(held, {"hash": self.config_hash, "identity": self.identity, "requested": requested})
+            return
+        try:
+            theirs = json.loads(held.read_text())["identity"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{held} cannot be read ({error}): move the folder away, or choose another run.") from None
+        if config.fingerprint(theirs) != self.config_hash:
+            names = sorted(k for k in {*theirs, *self.identity} if theirs.get(k) != self.identity.get(k))
+            difference = "; ".join(f"{k}: {theirs.get(k)!r} there, {self.identity.get(k)!r} asked for" for k in names)
+            raise ValueError(
+                f"{self.path} holds a run of another configuration ({difference}): choose another run name, leave run "
+                "out to have one made, or delete that folder."
+            )
+
+    def warn_if_code_changed(self) -> None:
+        """Log a warning when the library has changed since this run began."""
+        if self.manifest.get("code") not in (None, code_hash()):
+            log.warning(
+                "%s was trained with other code of softvq_lib than today's: delete its folder to train it anew.",
+                self.name,
+            )
