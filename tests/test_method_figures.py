@@ -55,17 +55,13 @@ def test_entropies_by_hand():
     assert maths.perplexity(halves) == pytest.approx(2)
     assert maths.kl_divergence(one_hot, halves) == pytest.approx(np.log(2))
     assert maths.kl_divergence(halves, halves) == 0
-    assert maths.kl_divergence(np.array([0.25, 0.75]), halves) == pytest.approx(
-        np.log(2) - 0.562335, abs=1e-6
-    )
+    assert maths.kl_divergence(np.array([0.25, 0.75]), halves) == pytest.approx(np.log(2) - 0.562335, abs=1e-6)
 
 
 def test_mutual_information_by_hand():
     assert maths.mutual_information(np.eye(4)) == pytest.approx(np.log(4))  # each token names its own code
     assert maths.mutual_information(np.tile([0.3, 0.7], (5, 1))) == pytest.approx(0)  # tokens look the same
-    assert maths.mutual_information(np.array([[1.0, 0.0], [0.5, 0.5]])) == pytest.approx(
-        0.562335 - np.log(2) / 2
-    )
+    assert maths.mutual_information(np.array([[1.0, 0.0], [0.5, 0.5]])) == pytest.approx(0.562335 - np.log(2) / 2)
 
 
 @pytest.mark.parametrize("form", maths.FORMS)

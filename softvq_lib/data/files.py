@@ -102,11 +102,12 @@ def _plain_folder(pictures: list[Path], roots: dict[str, list[Path]]) -> dict[st
     # Folders at different depths, or a single one, are a way of storing and no classes.
     labelled = len({len(parts) for _, parts in found.values()}) == 1 and len(names) > 1
     features = {"image": datasets.Image()} | ({"label": datasets.ClassLabel(names=names)} if labelled else {})
+    numbers = {name: number for number, name in enumerate(names)}
     tables = {}
     for split in roots:
         columns = {"image": [str(path) for path, (its, _) in found.items() if its == split]}
         if labelled:
-            columns["label"] = [names.index(parts[-1]) for its, parts in found.values() if its == split]
+            columns["label"] = [numbers[parts[-1]] for its, parts in found.values() if its == split]
         tables[split] = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
     return tables
 
@@ -198,18 +199,15 @@ def missing(path: Path, dataset: str) -> ValueError:
 
 def _visible_files(folder: Path) -> Iterator[Path]:
     for place, names, files in os.walk(folder, followlinks=True):
-        here = os.path.realpath(place)
+        here = Path(os.path.realpath(place))
+        above = {str(folder) for folder in (here, *here.parents)}
         names[:] = [
             name
             for name in names
             # A link to a folder above would be walked for ever.
-            if not name.startswith((".", "__")) and os.path.realpath(os.path.join(place, name)) not in _lineage(here)
+            if not name.startswith((".", "__")) and os.path.realpath(os.path.join(place, name)) not in above
         ]
         yield from (Path(place, file) for file in files if not file.startswith((".", "__")))
-
-
-def _lineage(place: str) -> list[str]:
-    return [place, *map(str, Path(place).parents)]
 
 
 def _load(dataset: str, files: list[Path], builder: str, **options: Any) -> dict[str, "Dataset"]:
