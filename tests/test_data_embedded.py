@@ -119,3 +119,9 @@ def test_there_is_nothing_outside_the_range(index):
     for source in (DigitsSource("train", limit=10), ShapesSource("train", 8, limit=10)):
         with pytest.raises(IndexError):
             source[index]
+
+
+def test_any_prefix_of_the_held_out_digits_is_mixed():
+    labels = DigitsSource("validation").labels
+    counts = np.bincount(labels[:200], minlength=10)
+    assert counts.min() >= 8 and counts.max() <= 35

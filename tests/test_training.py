@@ -168,7 +168,7 @@ def test_bad_input_stops_before_anything_is_written(tmp_path, bad, words):
 def test_a_folder_of_another_configuration_is_left_alone(tmp_path):
     run = train(**small(tmp_path, steps=1, run="mine"))
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match="another configuration.*lr: 0.002 there, 0.01 asked for.*run"):
+    with pytest.raises(ValueError, match="another configuration.*lr: 0.005 there, 0.01 asked for.*run"):
         train(**small(tmp_path, steps=1, run="mine", lr=0.01))
     assert before == {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
 

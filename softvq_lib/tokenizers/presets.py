@@ -69,7 +69,7 @@ class TokenizerConfig:
 
     preset: str = "tiny"
     quantizer: str = "softvq"
-    tokens: int = 64
+    tokens: int = 32
     dim: int | None = None
     codebook_size: int | None = None
     codebooks: int | None = None

@@ -29,9 +29,9 @@ class TrainConfig:
         runs: Folder of all runs. None: $SOFTVQ_RUNS, else `runs` in the checkout, else in the current folder.
     """
 
-    steps: int = 400
-    batch_size: int = 64
-    lr: float = 2e-3
+    steps: int = 800
+    batch_size: int = 32
+    lr: float = 5e-3
     min_lr: float = 0.1
     warmup: float = 0.05
     weight_decay: float = 1e-4
