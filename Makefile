@@ -16,10 +16,10 @@ unexport PYTHONHOME
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test book serve lint
+.PHONY: help setup train test notebooks book serve lint
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## create the virtual environment and install the project into it
 
@@ -51,6 +51,9 @@ test: $(STAMP) ## run all tests: pytest, then the notebooks against their stored
 lint: $(STAMP) ## check style: ruff's linter and formatter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+notebooks: $(STAMP) ## run the notebooks at their defaults and store the outputs that the tests compare with
+	$(BIN)/python book/store_outputs.py book/*.ipynb
 
 book: $(STAMP) ## build the site into _build/html
 	$(BIN)/jupyter-book build book -n -W --keep-going

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from softvq_lib.style import OKABE_ITO, WIDTH, colour_of, use_style
+from softvq_lib.style import OKABE_ITO, WIDTH, colour_of, new_figure
 
 
 def _tiles(images) -> list[np.ndarray]:
@@ -14,14 +14,9 @@ def _tiles(images) -> list[np.ndarray]:
 
 def _rows_of_tiles(rows: list[tuple[str, list[np.ndarray]]], captions: list[str] | None = None):
     """Draw labelled rows of pictures; captions stand under the last row."""
-    import matplotlib.pyplot as plt
-
-    use_style()
     columns = max(len(tiles) for _, tiles in rows)
     side = (WIDTH - 0.9) / columns
-    figure, axes = plt.subplots(
-        len(rows), columns, figsize=(WIDTH, len(rows) * side + 0.25 * bool(captions)), squeeze=False
-    )
+    figure, axes = new_figure(len(rows), columns, len(rows) * side + 0.25 * bool(captions), squeeze=False)
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
     for line, (label, tiles) in zip(axes, rows, strict=True):
         for axis in line:
@@ -52,7 +47,7 @@ def reconstructions(measured):
     images, ours = _tiles(measured.images), _tiles(measured.reconstructions)
     difference = [np.abs(a - b).mean(-1) for a, b in zip(images, ours, strict=True)]
     captions = [f"{value:.1f} dB" for value in measured.psnr[: len(images)]]
-    return _rows_of_tiles([("original", images), ("ours", ours), ("error", difference)], captions)
+    return _rows_of_tiles([("original", images), ("decoded", ours), ("error", difference)], captions)
 
 
 def _strip(path: Path) -> list[np.ndarray]:
@@ -75,10 +70,7 @@ def progress(snapshots: dict[int, Path], originals: Path | None = None):
 
 def curves(metrics: list[dict], quantizer: str = "softvq"):
     """Draw the training loss and its KL term, and the PSNR of held-out images, against the step."""
-    import matplotlib.pyplot as plt
-
-    use_style()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.7))
+    figure, (left, right) = new_figure(1, 2, 2.7)
     training = [row for row in metrics if "loss" in row]
     steps = [row["step"] for row in training]
     left.plot(steps, [row["reconstruction"] for row in training], color=colour_of(quantizer))
@@ -98,10 +90,7 @@ def curves(metrics: list[dict], quantizer: str = "softvq"):
 
 def code_usage(measured, quantizer: str = "softvq"):
     """Draw the average posterior over the codes, most used first, against an even use of all."""
-    import matplotlib.pyplot as plt
-
-    use_style()
-    figure, axis = plt.subplots(figsize=(WIDTH * 0.6, 2.5))
+    figure, axis = new_figure(1, 1, 2.5, WIDTH * 0.6)
     for probability in measured.code_probability:
         axis.plot(np.sort(probability)[::-1], color=colour_of(quantizer), alpha=0.8)
     codes = measured.code_probability.shape[1]
@@ -116,14 +105,11 @@ def code_usage(measured, quantizer: str = "softvq"):
 
 def recorded_curves(rows: list[dict]):
     """Draw held-out PSNR against the step for every recorded run, from results rows."""
-    import matplotlib.pyplot as plt
-
-    use_style()
-    figure, axis = plt.subplots(figsize=(WIDTH, 3.0))
+    figure, axis = new_figure(1, 1, 3.0)
     for row in rows:
         if row["metric"] == "psnr" and row.get("curve"):
             axis.plot(*zip(*row["curve"], strict=True), "o-", label=row["run"])
-    axis.set(xlabel="step", ylabel="held-out PSNR, dB", xscale="symlog")
+    axis.set(xlabel="step", ylabel="held-out PSNR, dB", xlim=(0, None))
     axis.legend(loc="lower right")
     return figure
 

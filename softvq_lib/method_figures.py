@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from softvq_lib.method_maths import jacobian, perplexity, posterior, soft_kmeans, temperature_sweep
-from softvq_lib.style import OKABE_ITO, SEQUENTIAL, WIDTH, colour_of
+from softvq_lib.style import OKABE_ITO, SEQUENTIAL, WIDTH, colour_of, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,13 +22,6 @@ TOY_CODEBOOK = np.array(
 )
 TOY_HULL = TOY_CODEBOOK[[0, 1, 2, 6, 5, 3, 0]]  # all but the middle one
 CODE_COLOURS = ("blue", "orange", "green", "purple", "yellow", "vermilion", "sky")
-
-
-def _figure(rows: int, columns: int, height: float, **kwargs):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, **kwargs)
 
 
 def _plane(axes, limit: float = 1.05) -> None:
@@ -49,7 +42,7 @@ def draw_assignment(temperatures: tuple[float, ...] = (0.0, 0.07, 0.3, 3.0)) -> 
     side = np.linspace(-1.05, 1.05, 220)
     grid = np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)  # (l, d)
     nearest = np.argmin(np.linalg.norm(grid[:, None] - TOY_CODEBOOK, axis=-1), axis=1)
-    figure, panels = _figure(2, 2, WIDTH * 1.05)
+    figure, panels = new_figure(2, 2, WIDTH * 1.05)
     for axes, t in zip(panels.flat, temperatures, strict=True):
         q = posterior(grid, TOY_CODEBOOK, t) if t > 0 else np.eye(len(TOY_CODEBOOK))[nearest]
         image = (1 - 0.75 * (1 - q @ _rgb())).reshape(len(side), len(side), 3)
@@ -67,7 +60,7 @@ def draw_assignment(temperatures: tuple[float, ...] = (0.0, 0.07, 0.3, 3.0)) -> 
 def draw_latents() -> Figure:
     """Left: where z lands for tokens spread over the square, at three τ. Right: the path of z as τ grows."""
     tokens = np.random.default_rng(0).uniform(-1, 1, (350, 2))
-    figure, (left, right) = _figure(1, 2, WIDTH * 0.62)
+    figure, (left, right) = new_figure(1, 2, WIDTH * 0.62)
     for t, name, size in ((0.03, "sky", 26), (0.2, "vermilion", 9), (1.0, "black", 5)):
         z = posterior(tokens, TOY_CODEBOOK, t) @ TOY_CODEBOOK  # (l, d)
         left.scatter(*z.T, s=size, color=OKABE_ITO[name], linewidths=0, alpha=0.8, label=f"τ = {t:g}")
@@ -97,7 +90,7 @@ def draw_soft_kmeans(temperature: float = 0.12, steps: int = 12) -> Figure:
     means = np.array([[-0.6, 0.45], [0.6, 0.5], [0.0, -0.5]])
     points = np.concatenate([m + 0.3 * rng.normal(size=(110, 2)) for m in means])
     start = np.array([[-0.9, -0.6], [-0.2, -0.9], [0.9, -0.5]])
-    figure, panels = _figure(1, 2, WIDTH * 0.58)
+    figure, panels = new_figure(1, 2, WIDTH * 0.58)
     for axes, t in zip(panels, (0.0, temperature), strict=True):
         path = soft_kmeans(points, start, t, steps)  # (steps + 1, k, d)
         q = posterior(points, path[-1], t or 1e-6, "squared")
@@ -114,7 +107,7 @@ def draw_gradients(temperature: float = 0.07) -> Figure:
     """z and ∂z/∂ẑ on a line: VQ's staircase with the straight-through slope, SoftVQ's curve with its own."""
     codes = np.array([[-0.8], [-0.3], [0.1], [0.75]])
     z_hat = np.linspace(-1, 1, 801)[:, None]
-    figure, (top, bottom) = _figure(2, 1, WIDTH * 0.85, sharex=True)
+    figure, (top, bottom) = new_figure(2, 1, WIDTH * 0.85, sharex=True)
     hard = codes[np.argmin(np.abs(z_hat - codes.T), axis=1), 0]
     breaks = np.where(np.diff(hard, prepend=hard[0]) != 0, np.nan, hard)
     soft = (posterior(z_hat, codes, temperature, "squared") @ codes)[:, 0]
@@ -134,7 +127,7 @@ def draw_gradients(temperature: float = 0.07) -> Figure:
 def draw_temperature() -> Figure:
     """Codewords that share a token, and the gradient to the encoder, against τ at K = 8192, D = 32."""
     tau = np.geomspace(0.01, 10, 15)
-    figure, (top, bottom) = _figure(2, 1, WIDTH * 1.1, sharex=True)
+    figure, (top, bottom) = new_figure(2, 1, WIDTH * 1.1, sharex=True)
     looks = (
         {"color": OKABE_ITO["vermilion"], "marker": "o"},
         {"color": OKABE_ITO["green"], "marker": "s", "lw": 4, "ms": 9},
@@ -158,7 +151,7 @@ def draw_architecture() -> Figure:
     """Fig. 2 (left) in our own drawing: patches and latent tokens in, mask tokens and z out."""
     from matplotlib.patches import FancyBboxPatch, Rectangle
 
-    figure, axes = _figure(1, 1, WIDTH * 0.95)
+    figure, axes = new_figure(1, 1, WIDTH * 0.95)
     axes.set(xlim=(0, 10), ylim=(-0.7, 8.8))
     axes.axis("off")
     patch, latent, mask = OKABE_ITO["sky"], OKABE_ITO["orange"], "#D9D9D9"

@@ -76,6 +76,20 @@ def use_style() -> None:
     mpl.rcParams["axes.prop_cycle"] = cycler(color=COLOUR_CYCLE)
 
 
+def new_figure(rows: int, columns: int, height: float, width: float = WIDTH, **kwargs):
+    """A figure and its axes in the shared style, outside pyplot: it is shown once, where a cell returns it.
+
+    Args:
+        height, width: inches.
+        kwargs: as for matplotlib's `Figure.subplots`.
+    """
+    from matplotlib.figure import Figure
+
+    use_style()
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, **kwargs)
+
+
 def colour_of(quantizer: str) -> str:
     """Hex colour of a quantizer.
 

@@ -21,9 +21,7 @@ def test_notebook_parameters_and_defaults_are_the_dataclasses():
     assert all(entry["help"] for entry in declared.values()), "each parameter is explained"
     namespace: dict = {}
     cell = next(
-        cell
-        for cell in json.loads(NOTEBOOK.read_text())["cells"]
-        if "parameters" in cell["metadata"].get("tags", [])
+        cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if "parameters" in cell["metadata"].get("tags", [])
     )
     exec("from typing import Optional\n" + "".join(cell["source"]), namespace)
     defaults = {name: default for cls in TOKENIZER_EXPERIMENT for name, default in fields_of(cls).items()}

@@ -76,7 +76,9 @@ def test_segments_use_their_own_codebook():
     for segment in range(3):
         alone = SoftVQ(2, 3, 8).eval()
         alone.codebook.data = quantizer.codebook.data[segment : segment + 1]
-        torch.testing.assert_close(z[:, 2 * segment : 2 * segment + 2], alone(z_hat[:, 2 * segment : 2 * segment + 2])[0])
+        torch.testing.assert_close(
+            z[:, 2 * segment : 2 * segment + 2], alone(z_hat[:, 2 * segment : 2 * segment + 2])[0]
+        )
     assert torch.equal(quantizer.unsegment(quantizer.segments(z_hat), 2), z_hat)
 
 

@@ -67,7 +67,7 @@ def now() -> str:
 
 def slug(text: str) -> str:
     """Return text fit for a folder name."""
-    return re.sub(r"[^a-z0-9]+", "-", Path(text).name.lower().replace("*", "")).strip("-")[:24] or "data"
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:24] or "data"
 
 
 class Run:

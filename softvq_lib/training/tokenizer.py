@@ -79,7 +79,7 @@ def _open_run(
     identity = {**asdict(tokenizer), **seen, **asdict(loss), **training}
     name = settings.run or "-".join(
         [
-            slug(data_config.dataset),
+            slug(data.name),
             tokenizer.preset,
             tokenizer.quantizer,
             f"{tokenizer.tokens}x{tokenizer.dim}",
