@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from softvq_lib.config import nearest
+from softvq_lib.training.run import now, provenance
 
 # What each row must say. `interval` names how low and high were made, "" where there is none.
 REQUIRED = {
@@ -59,6 +60,12 @@ def check(row: dict) -> dict:
     return row
 
 
+def origin() -> dict[str, object]:
+    """The entries of a row that say with which code and packages, and when, it was measured."""
+    here = provenance()
+    return {"date": now(), **{name: here[name] for name in ("commit", "dirty", "code", "packages", "python")}}
+
+
 def append(path: Path, rows: list[dict]) -> None:
     """Append checked rows to a JSON-lines file, making its folder."""
     lines = [json.dumps(check(row), sort_keys=True) + "\n" for row in rows]
@@ -73,6 +80,20 @@ def read(path: Path) -> list[dict]:
     path = Path(path)
     rows = [check(json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
     return list({(row["experiment"], row["run"], row["metric"]): row for row in rows}.values())
+
+
+def read_paper(path: Path) -> list[dict]:
+    """Read the paper's own numbers; each says its place in the paper.
+
+    Raises:
+        ValueError: for a number without place, or one that stands there twice.
+    """
+    rows = json.loads(Path(path).read_text())
+    keys = [(row.get("place"), row.get("what"), row.get("metric")) for row in rows]
+    for row, key in zip(rows, keys, strict=True):
+        if None in key or not isinstance(row.get("value"), (int, float)) or keys.count(key) > 1:
+            raise ValueError(f"{path}: {row} lacks place, what, metric or value, or stands there twice.")
+    return rows
 
 
 def keep_pictures(folder: Path, pictures: dict[str, Path]) -> dict[str, str]:

@@ -43,6 +43,33 @@ def reconstruction(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def forward_cost(rows: list[dict]) -> str:
+    """One line a measured forward pass: milliseconds a batch to encode and decode, and memory."""
+    by_run: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        if row["run"].startswith("forward-"):
+            by_run.setdefault(row["run"], {})[row["metric"]] = row
+    if not by_run:
+        return "*No rows have been recorded.*"
+    lines = [
+        "| preset | image | tokens | precision | batch | encode, ms | decode, ms | peak memory, MiB | weights, MiB |",
+        "|---|--:|--:|---|--:|--:|--:|--:|--:|",
+    ]
+    for metrics in by_run.values():
+        config = metrics["peak_mib"]["config"]
+        cells = [
+            config["preset"],
+            f"{config['image_size']} px",
+            f"{config['tokens']}",
+            config["precision"],
+            f"{config['batch_size']}",
+            *(f"{1000 * metrics[name]['value']:.0f}" for name in ("encode_seconds", "decode_seconds")),
+            *(f"{metrics[name]['value']:.0f}" for name in ("peak_mib", "weights_mib")),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def provenance(rows: list[dict]) -> str:
     """One sentence on where rows come from: commits, devices, versions, dates, data."""
 
@@ -54,8 +81,24 @@ def provenance(rows: list[dict]) -> str:
     torch = ", ".join(sorted({row["packages"]["torch"] for row in rows}))
     commits = ", ".join(sorted({str(row["commit"])[:9] + ("+" if row["dirty"] else "") for row in rows}))
     days = ", ".join(sorted({row["date"][:10] for row in rows}))
-    data = ", ".join(sorted({f"{row['data']} {row['data_fingerprint'][:12]}" for row in rows}))
+    data = ", ".join(sorted({f"{row['data']} {row['data_fingerprint'][:12]}".strip() for row in rows}))
     return (
         f"*Provenance: {len(rows)} measured rows; commit {commits} (+: with changes since); {all_of('device')}; "
         f"{all_of('precision')}; torch {torch}; {days}; data {data}.*"
     )
+
+
+def parameter_counts(paper: list[dict]) -> str:
+    """Parameters in millions of presets that the paper's rows name: ours, with the unused patch embedding, theirs."""
+    import torch
+
+    from softvq_lib.tokenizers import Tokenizer
+
+    lines = [f"{'preset':8}{'ours, M':>10}{'+ unused, M':>13}{'paper, M':>10}"]
+    for row in (row for row in paper if row["metric"] == "parameters"):
+        with torch.device("meta"):
+            tokenizer = Tokenizer.from_preset(row["preset"], tokens=64)
+        count = sum(parameter.numel() for parameter in tokenizer.parameters())
+        unused = tokenizer.decoder.width * (3 * tokenizer.config.patch_size**2 + 1)
+        lines.append(f"{row['preset']:8}{count / 1e6:10.2f}{(count + unused) / 1e6:13.2f}{row['value']:10.0f}")
+    return "\n".join(lines)

@@ -10,21 +10,25 @@ import pytest
 
 from softvq_lib import ROOT, figures, results, tables, train_tokenizer
 from softvq_lib.config import fields_of
-from softvq_lib.experiments import TOKENIZER_EXPERIMENT, parameters
+from softvq_lib.experiments import TOKENIZER_EXPERIMENT, EfficiencyConfig, efficiency, parameters
 
 NOTEBOOK = ROOT / "book" / "train_tokenizer.ipynb"
 QUICK = {"tokens": 4, "steps": 12, "batch_size": 8, "limit": 64, "val_images": 40, "log_every": 4}
 
 
-def test_notebook_parameters_and_defaults_are_the_dataclasses():
-    declared = papermill.inspect_notebook(str(NOTEBOOK))
+@pytest.mark.parametrize(
+    ("notebook", "classes"), [("train_tokenizer", TOKENIZER_EXPERIMENT), ("efficiency", (EfficiencyConfig,))]
+)
+def test_notebook_parameters_and_defaults_are_the_dataclasses(notebook, classes):
+    path = ROOT / "book" / f"{notebook}.ipynb"
+    declared = papermill.inspect_notebook(str(path))
     assert all(entry["help"] for entry in declared.values()), "each parameter is explained"
     namespace: dict = {}
     cell = next(
-        cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if "parameters" in cell["metadata"].get("tags", [])
+        cell for cell in json.loads(path.read_text())["cells"] if "parameters" in cell["metadata"].get("tags", [])
     )
     exec("from typing import Optional\n" + "".join(cell["source"]), namespace)
-    defaults = {name: default for cls in TOKENIZER_EXPERIMENT for name, default in fields_of(cls).items()}
+    defaults = {name: default for cls in classes for name, default in fields_of(cls).items()}
     assert {name: namespace[name] for name in declared} == defaults
     assert parameters({k: v for k, v in namespace.items() if k != "__builtins__"}) == defaults
 
@@ -131,6 +135,46 @@ def test_committed_rows_are_whole():
     for row in rows:
         if "pictures" in row:
             figures.recorded_progress(row, ROOT / "book" / "results" / "train_tokenizer")
+
+
+def test_efficiency_measures_and_records(tmp_path):
+    rows = efficiency(tokens=4, batch_sizes="1, 2", rounds=1, results=str(tmp_path))
+    assert {row["run"] for row in rows} == {"forward-tiny-4-batch1-fp32", "forward-tiny-4-batch2-fp32"}
+    values = {row["metric"]: row["value"] for row in rows}
+    assert values["encode_seconds"] > 0 and values["decode_seconds"] > 0
+    assert values["weights_mib"] == pytest.approx(0.84, abs=0.1)
+    assert results.read(tmp_path / "efficiency.jsonl") == rows
+    assert "| tiny | 32 px | 4 | fp32 | 2 |" in tables.forward_cost(rows)
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"presets": "s"}, "did you mean 'preset'"),
+        ({"preset": "xl"}, "preset='xl'"),
+        ({"batch_sizes": "1;4"}, "batch_sizes='1;4'.*'1,4'"),
+        ({"precisions": "fp16"}, "precisions='fp16'"),
+        ({"rounds": 0}, "rounds=0"),
+    ],
+)
+def test_efficiency_refuses(bad, words):
+    with pytest.raises(ValueError, match=words):
+        efficiency(**bad)
+
+
+def test_numbers_of_the_paper_have_a_place(tmp_path):
+    rows = results.read_paper(ROOT / "book" / "results" / "paper.json")
+    assert {row["preset"]: row["value"] for row in rows if row["metric"] == "parameters"} == {
+        "s": 45,
+        "b": 173,
+        "bl": 391,
+        "l": 608,
+    }
+    assert "s            44.54        44.84        45" in tables.parameter_counts(rows[:1])
+    for bad in ([{**rows[0], "place": None}], [rows[0], rows[0]]):
+        (tmp_path / "paper.json").write_text(json.dumps(bad))
+        with pytest.raises(ValueError, match="stands there twice"):
+            results.read_paper(tmp_path / "paper.json")
 
 
 def run_notebook(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:

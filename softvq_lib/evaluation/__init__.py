@@ -1,6 +1,7 @@
 """Measurements of trained tokenizers (Sec. 4.1, Evaluation)."""
 
 from softvq_lib.evaluation.baselines import pca_psnr
+from softvq_lib.evaluation.cost import forward_cost
 from softvq_lib.evaluation.statistics import bootstrap_mean
 
-__all__ = ["bootstrap_mean", "pca_psnr"]
+__all__ = ["bootstrap_mean", "forward_cost", "pca_psnr"]

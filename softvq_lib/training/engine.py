@@ -30,6 +30,16 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def device_name(device: torch.device) -> str:
+    """Return the name of the hardware, with the number of threads for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return f"{able.get('cpu_name', 'CPU')}, {torch.get_num_threads()} threads"
+    return str(device)
+
+
 def has_bf16(device: torch.device) -> bool:
     """Tell whether the device computes in bfloat16 by hardware."""
     if device.type == "cuda":

@@ -193,7 +193,7 @@ class _Trainer:
             resumed_at=[*run.manifest.get("resumed_at", []), *([first] if first else [])],
             data={"name": self.data.name, "fingerprint": self.data.fingerprint},
             device=str(self.device),
-            device_name=_device_name(self.device),
+            device_name=engine.device_name(self.device),
             precision=str(self.dtype).removeprefix("torch."),
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             **provenance(),
@@ -270,15 +270,6 @@ class _Trainer:
         self.optimizer.step()
         self.average.update_parameters(self.model)
         return {**terms, "gradient_norm": norm}
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "cpu":
-        able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        return f"{able.get('cpu_name', 'CPU')}, {torch.get_num_threads()} threads"
-    return str(device)
 
 
 def _picture(path: Path, images: Tensor) -> None:
