@@ -3,36 +3,48 @@
 Nothing that differs between two machines is stored: no times, no progress bars and log lines (standard error).
 """
 
+import json
 import os
 import sys
 import tempfile
 from pathlib import Path
 
-import nbformat
-from nbclient import NotebookClient
+import papermill
+
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+
+
+def kept_outputs(outputs: list[dict]) -> list[dict]:
+    """Leave out standard error, and join what a cell printed, which may arrive in pieces."""
+    kept: list[dict] = []
+    for output in outputs:
+        if output.get("name") == "stderr":
+            continue
+        if kept and output["output_type"] == kept[-1]["output_type"] == "stream":
+            kept[-1]["text"] += output["text"]
+        else:
+            kept.append(output)
+    return kept
 
 
 def store_outputs(path: Path) -> None:
     """Execute a notebook in its own folder, with an empty runs folder, and write it back."""
-    notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(
-        notebook,
-        timeout=1800,
-        record_timing=False,
-        coalesce_streams=True,
-        resources={"metadata": {"path": str(path.parent)}},
-    )
-    with tempfile.TemporaryDirectory() as runs:
-        os.environ["SOFTVQ_RUNS"] = runs
-        client.execute()
-    notebook.metadata = {
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-        "language_info": {"name": "python"},
-    }
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-    nbformat.write(notebook, path)
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["SOFTVQ_RUNS"] = str(Path(scratch) / "runs")
+        copy = Path(scratch) / path.name
+        notebook = papermill.execute_notebook(path, copy, cwd=path.parent, progress_bar=False)
+    notebook["metadata"] = METADATA
+    for cell in notebook["cells"]:
+        for name in ("papermill", "execution"):
+            cell["metadata"].pop(name, None)
+        if not cell["metadata"].get("tags", True):
+            del cell["metadata"]["tags"]
+        if cell["cell_type"] == "code":
+            cell["outputs"] = kept_outputs(cell["outputs"])
+    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def test_it_measures_and_records(recorded):
     assert experiment.run.trained == 12
     rows = results.read(folder / "train_tokenizer.jsonl")
     by_metric = {row["metric"]: row for row in rows}
-    assert set(by_metric) == {"psnr", "psnr_pca_16", "usage", "perplexity"}  # 64 images are too few for 64 components
+    assert set(by_metric) == {"psnr", "psnr_pca_16", "psnr_pca_64", "usage", "perplexity"}
     row = by_metric["psnr"]
     assert row["value"] == pytest.approx(experiment.measured.psnr.mean())
     assert row["low"] < row["value"] < row["high"] and row["n"] == 40
