@@ -49,7 +49,7 @@ class GMMVQ(CodebookQuantizer):
         return F.log_softmax(-self.segments(omega) * distances, dim=-1)
 
     def log_posterior(self, z_hat: Tensor, omega: Tensor | None = None) -> Tensor:
-        """Return log q(k|x), (b, l, k), each token over its own codebook; at a given omega (b, l, 1) if there is one."""
+        """Return log q(k|x), (b, l, k), each token over its own codebook; at omega (b, l, 1) if given."""
         with in_fp32(z_hat):
             log_q = self._log_q(z_hat, self.omega(z_hat) if omega is None else omega)
             return self.unsegment(log_q, len(z_hat))

@@ -37,7 +37,9 @@ class Several(Quantizer):
             if not part.codes or part.hat_dim != part.dim:
                 raise ValueError(f"part {i} of {name} is a {type(part).__name__}, which has no codebook.")
             if part.codes != parts[0].codes:
-                raise ValueError(f"part {i} of {name} has {part.codes} codes, part 0 {parts[0].codes}: make them equal.")
+                raise ValueError(
+                    f"part {i} of {name} has {part.codes} codes, part 0 {parts[0].codes}: make it the same."
+                )
         self.parts = nn.ModuleList(parts)
         self.codes = parts[0].codes
         self.groups = sum(part.groups for part in parts)
