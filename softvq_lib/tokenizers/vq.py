@@ -108,7 +108,9 @@ class VQ(CodebookQuantizer):
 
     def log_posterior(self, z_hat: Tensor) -> Tensor:
         """Return log q(k|x), (b, l, k): 0 at the nearest codeword and -inf elsewhere."""
-        return F.one_hot(self.indices(z_hat), self.codes).to(fp32(z_hat).dtype).log()
+        best = self.indices(z_hat)[..., None]  # (b, l, 1)
+        nowhere = torch.full((*best.shape[:2], self.codes), -torch.inf, dtype=fp32(z_hat).dtype, device=best.device)
+        return nowhere.scatter_(-1, best, 0)
 
     # -- remedies against collapse -------------------------------------------------------------------------------
 
@@ -159,9 +161,9 @@ def _pick(points: Tensor, which: Tensor) -> Tensor:
 
 def _sums(z: Tensor, best: Tensor, codes: int) -> tuple[Tensor, Tensor]:
     """Number (n, k) and sum (n, k, d) of the tokens (n, t, d) of each code (n, t)."""
-    count = z.new_zeros(len(z), codes).scatter_add_(1, best, torch.ones_like(best, dtype=z.dtype))
-    sums = z.new_zeros(len(z), codes, z.shape[-1]).scatter_add_(1, best[..., None].expand_as(z), z)
-    return count, sums
+    # A matrix product, since adding at indices is not deterministic on accelerators.
+    chosen = z.new_zeros(*best.shape, codes).scatter_(2, best[..., None], 1)  # (n, t, k)
+    return chosen.sum(1), chosen.mT @ z
 
 
 def _kmeans(
