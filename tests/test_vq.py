@@ -10,6 +10,11 @@ from softvq_lib.training import reconstruct, train
 from softvq_lib.training import tokenizer as trainer
 
 
+@pytest.fixture(autouse=True)
+def one_seed():
+    torch.manual_seed(0)
+
+
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
