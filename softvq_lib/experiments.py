@@ -91,10 +91,11 @@ class TokenizerExperiment:
         for row in self.table():
             lines.append(f"{row['method']:34}{row['psnr']:9.2f}  [{row['low']:.2f}, {row['high']:.2f}]  {row['n']:6d}")
         usage = self.measured.usage
-        size = self.run.identity["codebook_size"]
-        lines.append(
-            f"codebook usage {100 * usage['usage']:.1f} % of {size} codes, perplexity {usage['perplexity']:.1f}"
-        )
+        if usage:
+            size = self.run.identity["codebook_size"]
+            lines.append(
+                f"codebook usage {100 * usage['usage']:.1f} % of {size} codes, perplexity {usage['perplexity']:.1f}"
+            )
         return "\n".join(lines)
 
 

@@ -89,8 +89,15 @@ def curves(metrics: list[dict], quantizer: str = "softvq"):
 
 
 def code_usage(measured, quantizer: str = "softvq"):
-    """Draw the average posterior over the codes, most used first, against an even use of all."""
+    """Draw the average posterior over the codes, most used first, against an even use of all.
+
+    A quantizer without codebook leaves the axes empty but for saying so.
+    """
     figure, axis = new_figure(1, 1, 2.5, WIDTH * 0.6)
+    if measured.code_probability is None:
+        axis.set_axis_off()
+        axis.set_title("no codebook")
+        return figure
     for probability in measured.code_probability:
         axis.plot(np.sort(probability)[::-1], color=colour_of(quantizer), alpha=0.8)
     codes = measured.code_probability.shape[1]

@@ -34,8 +34,8 @@ def reconstruction(rows: list[dict]) -> str:
             f"{config['steps']:,}",
             _interval(row, 2),
             *pca,
-            f"{100 * metrics['usage']['value']:.0f} %",
-            f"{metrics['perplexity']['value']:.0f} of {config['codebook_size']}",
+            f"{100 * metrics['usage']['value']:.0f} %" if "usage" in metrics else "–",
+            f"{metrics['perplexity']['value']:.0f} of {config['codebook_size']}" if "perplexity" in metrics else "–",
             f"{row['train_seconds'] / 60:.1f}",
             f"{row['n']:,}",
         ]

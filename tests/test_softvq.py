@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from softvq_lib.tokenizers import CodebookUsage, SoftVQ
-from softvq_lib.tokenizers.softvq import kl_term
+from softvq_lib.tokenizers.quantizer import kl_term
 
 DATA = Path(__file__).parent / "data"
 

@@ -44,6 +44,9 @@ PRESETS: dict[str, dict] = {
     "l": {"encoder": _DINOV2.format("large"), "decoder": _DINOV2.format("large"), **_FULL},
 }
 
+QUANTIZERS = ("ae", "kl", "vq", "softvq", "gmmvq")
+_WITH_CODEBOOK = ("vq", "softvq", "gmmvq")
+
 MAX_TOKENS = 1024
 MAX_PATCHES = 4096
 
@@ -54,14 +57,20 @@ class TokenizerConfig:
 
     Attributes:
         preset: Row of `PRESETS`.
-        quantizer: What stands between encoder and decoder.
+        quantizer: What stands between encoder and decoder: `ae`, `kl`, `vq`, `softvq` or `gmmvq`.
         tokens: Latent tokens l, 1 to 1024, divisible by `codebooks`.
         dim: Latent channels d. None: the preset's, or 2048 / tokens at 256 px and above.
         codebook_size: Codes k of one codebook.
         codebooks: Segments of consecutive tokens with a codebook each.
         posterior: Form of the soft assignment, see `softvq_lib.tokenizers.softvq`.
         temperature: tau of Eq. 4, above 0.
-        entropy_temperature: Temperature of the KL term's posterior. None: 0.01 for `released`, tau otherwise.
+        entropy_temperature: Temperature of the KL term's posterior. None: 0.01 for `released` and for VQ, tau
+            otherwise. GMMVQ has none of its own.
+        product: Groups that the channels are cut into, a quantizer each; 1 is none. Divides `dim`.
+        residual: Levels, each quantizing what the one before left over; 1 is none. With `product`, in each group.
+        vq_ema: VQ's codewords are moving averages of their tokens with this decay. None: they follow their gradient.
+        vq_revive: VQ's codes are restarted below this share of an even use. None: never.
+        vq_kmeans: Iterations of k-means on the first batch, where VQ's codewords then start. 0: none.
         image_size: Height and width in pixels.
         patch_size: Side of a patch in pixels. None: the preset's (16 for the paper's), smaller for small images.
         pretrained: Start the encoder from the published weights of its timm name, where the network allows.
@@ -76,19 +85,50 @@ class TokenizerConfig:
     posterior: str = "released"
     temperature: float = 0.07
     entropy_temperature: float | None = None
+    product: int = 1
+    residual: int = 1
+    vq_ema: float | None = None
+    vq_revive: float | None = None
+    vq_kmeans: int = 0
     image_size: int | None = None
     patch_size: int | None = None
     pretrained: bool = False
 
     def __post_init__(self):
         one_of("preset", self.preset, PRESETS)
+        one_of("quantizer", self.quantizer, QUANTIZERS)
         at_least("tokens", self.tokens, 1)
         if self.tokens > MAX_TOKENS:
             raise ValueError(f"tokens={self.tokens} is more than {MAX_TOKENS}, the most that is supported.")
-        for name in ("dim", "codebook_size", "codebooks", "image_size", "patch_size"):
+        for name in ("dim", "codebook_size", "codebooks", "image_size", "patch_size", "product", "residual"):
             at_least(name, getattr(self, name), 1)
         at_least("temperature", self.temperature, 0, above=True)
         at_least("entropy_temperature", self.entropy_temperature, 0, above=True)
+        for name in ("vq_ema", "vq_revive", "vq_kmeans"):
+            at_least(name, getattr(self, name), 0)
+        if self.vq_ema is not None and self.vq_ema >= 1:
+            raise ValueError(f"vq_ema={self.vq_ema!r} is not allowed: give a decay from 0 to below 1, such as 0.99.")
+        for name in ("product", "residual"):
+            if getattr(self, name) > 1 and not self.has_codebook:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} needs a codebook, which quantizer={self.quantizer!r} has not: "
+                    f"choose the quantizer among {', '.join(_WITH_CODEBOOK)}, or {name}=1."
+                )
+        for name in ("vq_ema", "vq_revive", "vq_kmeans"):
+            if getattr(self, name) and self.quantizer != "vq":
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is for quantizer='vq' alone, not {self.quantizer!r}: leave it out."
+                )
+
+    @property
+    def has_codebook(self) -> bool:
+        """Whether the quantizer has one."""
+        return self.quantizer in _WITH_CODEBOOK
+
+    @property
+    def hat_dim(self) -> int:
+        """Channels of the encoder's output: d, but for KL a mean and a variance of each."""
+        return 2 * self.dim if self.quantizer == "kl" else self.dim
 
     @property
     def patches(self) -> int:
@@ -99,7 +139,8 @@ class TokenizerConfig:
         """Return the configuration with every None filled in.
 
         Raises:
-            ValueError: when image_size is not divisible by patch_size, tokens not by codebooks, or dim cannot be told.
+            ValueError: when image_size is not divisible by patch_size, tokens not by codebooks, dim not by product, or
+                dim cannot be told.
         """
         row = PRESETS[self.preset]
         image_size = self.image_size or row["image_size"]
@@ -113,22 +154,29 @@ class TokenizerConfig:
         if self.pretrained and row["overrides"]:
             full = ", ".join(name for name, other in PRESETS.items() if not other["overrides"])
             raise ValueError(f"preset={self.preset!r} has no pretrained weights of its size: choose among {full}.")
-        codebooks = self.codebooks or row["codebooks"]
+        codebooks = self.codebooks or (row["codebooks"] if self.has_codebook else 1)
         if self.tokens % codebooks:
             divisors = [n for n in range(1, self.tokens + 1) if self.tokens % n == 0]
             raise ValueError(
                 f"tokens={self.tokens} is not divisible by codebooks={codebooks}, which share the tokens in equal "
                 f"segments: choose codebooks among {', '.join(map(str, divisors))}, or another number of tokens."
             )
+        dim = self.dim or _dim(self.tokens, image_size, row["dim"])
+        if dim % self.product:
+            divisors = [n for n in range(1, dim + 1) if dim % n == 0]
+            raise ValueError(
+                f"dim={dim} is not divisible by product={self.product}, the groups that share the channels: choose "
+                f"product among {', '.join(map(str, divisors))}, or another dim."
+            )
+        cold = self.quantizer == "vq" or (self.quantizer == "softvq" and self.posterior == "released")
         config = dataclasses.replace(
             self,
             image_size=image_size,
             patch_size=patch_size,
             codebooks=codebooks,
             codebook_size=self.codebook_size or row["codebook_size"],
-            dim=self.dim or _dim(self.tokens, image_size, row["dim"]),
-            entropy_temperature=self.entropy_temperature
-            or (0.01 if self.posterior == "released" else self.temperature),
+            dim=dim,
+            entropy_temperature=self.entropy_temperature or (0.01 if cold else self.temperature),
         )
         if config.patches > MAX_PATCHES:
             raise ValueError(

@@ -1,46 +1,83 @@
-"""SoftVQ: each latent token is the posterior's average of the codewords (Eq. 4, Sec. 3.2).
+"""SoftVQ: each latent token is the posterior's average of the codewords (Eq. 4, Sec. 3.2), in three forms.
 
-Forms of the posterior q(k|x), by name:
-    paper     softmax(-|z_hat - c|_2 / tau), as Eq. 4 prints it; codewords and z_hat as they are.
-    released  softmax(cos(z_hat, c) / tau), as the authors' code computes it: both on the unit sphere, no gradient
-              to the codewords through the posterior, the KL term at a temperature of its own and averaged over all
-              codebooks. On the sphere |z_hat - c|^2 = 2 - 2 cos, so this is a *squared* distance at 2 tau.
+| form     | posterior q(k|x)               | tau  | T of the KL term | KL term averages q over |
+|----------|--------------------------------|------|------------------|-------------------------|
+| released | softmax(cos(z_hat, c) / tau)   | 0.07 | 0.01             | all codebooks together  |
+| paper    | softmax(-|z_hat - c|_2 / tau)  | 0.07 | tau / 7          | each codebook           |
+| squared  | softmax(-|z_hat - c|^2 / 2tau) | 0.5  | tau / 7          | each codebook           |
 
-Codewords start on the unit sphere in both forms. From the usual U(-1/k, 1/k) Eq. 4 cannot train: all distances are
-equal, the posterior is uniform and the encoder's gradient vanishes.
+`released` is what the authors' code computes: no gradient reaches the codewords through the posterior, only through
+the average. On the unit sphere |z_hat - c|^2 = 2 - 2 cos, so it is a squared distance there, at the same tau in
+`squared`. `paper` is Eq. 4 as printed, codewords and z_hat as they are; `squared` likewise.
+
+When the forms train. Codewords start on the unit sphere: from the usual U(-1/k, 1/k) all distances of Eq. 4 are
+equal, the posterior is uniform and the encoder's gradient vanishes. The KL term, -I(x; k), makes the posterior sharp
+that it is computed from. At T = tau that is the posterior that forms z: each token settles on one code by its position
+alone, its posterior becomes one-hot and no gradient of the images is left. At T = tau / 7, the release's ratio, the
+term is satisfied while the posterior at tau is still soft. `squared` divides z_hat . c by tau, so its sharpness grows
+with |z_hat|, which starts near 2 and grows to about 5: hence its larger tau.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from softvq_lib.config import at_least, one_of
+from softvq_lib.tokenizers.attention import assign, attend, distance_operands, scores, squared_operands
+from softvq_lib.tokenizers.quantizer import CodebookQuantizer, fp32, in_fp32
 
-POSTERIORS = ("released", "paper")
 
+@dataclass(frozen=True)
+class Form:
+    """A form of the posterior.
 
-def kl_term(log_q: Tensor, *, pooled: bool) -> Tensor:
-    """L_kl of Eq. 4, E_x H(q(.|x)) - H(E_x q(.|x)) = -I(x; k), in nats, as a scalar.
-
-    Args:
-        log_q: Log posterior (n, t, k) of t tokens in each of n codebooks.
-        pooled: Average q over all codebooks together, as the release does, instead of per codebook.
+    Attributes:
+        operands: From tokens (n, t, d) and codewords (n, k, d) to q and k of `softvq_lib.tokenizers.attention`.
+        temperature: Default tau.
+        sphere: Tokens and codewords are put on the unit sphere.
+        keys_learn: Gradients reach the codewords through the posterior.
+        root: Scores are -sqrt(q k^T).
+        pooled: The KL term averages q over all codebooks together.
     """
-    q = log_q.exp()
-    token_entropy = -(q * log_q).sum(-1).mean()
-    mean_q = q.mean(dim=(0, 1)) if pooled else q.mean(dim=1)  # (k,) or (n, k)
-    # 1e-6 keeps the logarithm finite where a code is never used; the release has the same.
-    return token_entropy + (mean_q * (mean_q + 1e-6).log()).sum(-1).mean()
+
+    operands: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    temperature: float = 0.07
+    sphere: bool = False
+    keys_learn: bool = True
+    root: bool = False
+    pooled: bool = False
 
 
-def in_fp32(x: Tensor) -> torch.autocast:
-    """Return a context in which autocast leaves the operations on `x` alone. (Meta tensors have no autocast.)"""
-    return torch.autocast("cpu" if x.device.type == "meta" else x.device.type, enabled=False)
+FORMS = {
+    "released": Form(lambda z, c: (z, c), sphere=True, keys_learn=False, pooled=True),
+    "paper": Form(distance_operands, root=True),
+    "squared": Form(squared_operands, temperature=0.5),
+}
+POSTERIORS = tuple(FORMS)
 
 
-class SoftVQ(nn.Module):
+def temperatures(
+    posterior: str, temperature: float | None = None, entropy_temperature: float | None = None
+) -> tuple[float, float]:
+    """Return tau and T of a form, its defaults where they are None.
+
+    Raises:
+        ValueError: for an unknown form, or a temperature that is not above 0.
+    """
+    one_of("posterior", posterior, POSTERIORS)
+    at_least("temperature", temperature, 0, above=True)
+    at_least("entropy_temperature", entropy_temperature, 0, above=True)
+    tau = temperature or FORMS[posterior].temperature
+    return tau, entropy_temperature or (0.01 if posterior == "released" else tau / 7)
+
+
+class SoftVQ(CodebookQuantizer):
     """Soft vector quantizer with `codebooks` codebooks over consecutive segments of the tokens.
+
+    z is computed by attention and the KL term in chunks; no tensor of tokens x codes is kept, but by `log_posterior`.
 
     Args:
         tokens: Latent tokens l, divisible by `codebooks`.
@@ -48,8 +85,8 @@ class SoftVQ(nn.Module):
         codebook_size: Codes k of each codebook.
         codebooks: Number of segments n.
         posterior: One of `POSTERIORS`.
-        temperature: tau, above 0.
-        entropy_temperature: Temperature of the posterior inside the KL term.
+        temperature: tau, above 0. None: the form's.
+        entropy_temperature: Temperature T of the posterior inside the KL term. None: the form's.
 
     Raises:
         ValueError: for a value out of range, naming it.
@@ -62,60 +99,46 @@ class SoftVQ(nn.Module):
         codebook_size: int,
         codebooks: int = 1,
         posterior: str = "released",
-        temperature: float = 0.07,
-        entropy_temperature: float = 0.01,
+        temperature: float | None = None,
+        entropy_temperature: float | None = None,
     ):
-        super().__init__()
-        one_of("posterior", posterior, POSTERIORS)
-        for name, value in (("codebook_size", codebook_size), ("codebooks", codebooks), ("dim", dim)):
-            at_least(name, value, 1)
-        at_least("temperature", temperature, 0, above=True)
-        at_least("entropy_temperature", entropy_temperature, 0, above=True)
-        if tokens % codebooks:
-            raise ValueError(f"tokens={tokens} is not divisible by codebooks={codebooks}.")
-        self.posterior, self.temperature, self.entropy_temperature = posterior, temperature, entropy_temperature
-        self.codebook = nn.Parameter(F.normalize(torch.randn(codebooks, codebook_size, dim), dim=-1))
+        temperature, entropy_temperature = temperatures(posterior, temperature, entropy_temperature)
+        super().__init__(tokens, dim, codebook_size, codebooks)
+        self.posterior, self.form = posterior, FORMS[posterior]
+        self.temperature, self.entropy_temperature = temperature, entropy_temperature
 
-    def segments(self, x: Tensor) -> Tensor:
-        """Sort tokens (b, l, ...) by codebook: (n, b l/n, ...). Consecutive tokens share one."""
-        return rearrange(x, "b (n m) ... -> n (b m) ...", n=len(self.codebook))
-
-    def unsegment(self, x: Tensor, batch: int) -> Tensor:
-        """Undo `segments`: (n, b l/n, ...) to (b, l, ...)."""
-        return rearrange(x, "n (b m) ... -> b (n m) ...", b=batch)
-
-    def _points(self, z_hat: Tensor) -> tuple[Tensor, Tensor]:
-        """Return tokens (n, t, d) and codewords (n, k, d) in fp32, on the sphere where the form wants it."""
-        z, c = self.segments(z_hat.float()), self.codebook.float()
-        if self.posterior == "released":
-            return F.normalize(z, dim=-1), F.normalize(c, dim=-1)
-        return z, c
-
-    def _log_q(self, z: Tensor, c: Tensor, temperature: float) -> Tensor:
-        scores = z @ c.detach().mT if self.posterior == "released" else -torch.cdist(z, c)
-        return F.log_softmax(scores / temperature, dim=-1)  # (n, t, k)
+    def _operands(self, z_hat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q (n, t, e), k (n, k, e) and codewords (n, k, d), in z_hat's precision but at least fp32."""
+        z = self.segments(fp32(z_hat))
+        c = self.codebook.to(z.dtype)
+        if self.form.sphere:
+            z, c = F.normalize(z, dim=-1), F.normalize(c, dim=-1)
+        return *self.form.operands(z, c if self.form.keys_learn else c.detach()), c
 
     def log_posterior(self, z_hat: Tensor) -> Tensor:
         """Return log q(k|x), (b, l, k), each token over its own codebook."""
         with in_fp32(z_hat):
-            return self.unsegment(self._log_q(*self._points(z_hat), self.temperature), len(z_hat))
+            q, k, _ = self._operands(z_hat)
+            log_q = F.log_softmax(scores(q, k, root=self.form.root) / self.temperature, dim=-1)  # (n, t, k)
+            return self.unsegment(log_q, len(z_hat))
 
-    def forward(self, z_hat: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, z_hat: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Quantize encoder outputs (b, l, d).
 
         Returns:
-            z: (b, l, d), always fp32.
+            z: (b, l, d), fp32, or float64 where z_hat is.
             losses: {"kl": scalar} in training, {} in evaluation.
         """
         with in_fp32(z_hat):
-            z, c = self._points(z_hat)
-            if self.posterior == "released":
-                # softmax(z c^T / tau) c is attention with the codebook as keys and values.
-                out = F.scaled_dot_product_attention(z, c.detach(), c, scale=1 / self.temperature)
-            else:
-                out = self._log_q(z, c, self.temperature).exp() @ c
+            q, k, c = self._operands(z_hat)
             losses = {}
-            if self.training:
-                log_q = self._log_q(z, c, self.entropy_temperature)
-                losses["kl"] = kl_term(log_q, pooled=self.posterior == "released")
-            return self.unsegment(out, len(z_hat)), losses
+            if not self.training and not self.form.root:
+                z = attend(q, k, c, self.temperature)
+            else:
+                entropy_temperature = self.entropy_temperature if self.training else None
+                z, kl = assign(
+                    q, k, c, self.temperature, entropy_temperature, root=self.form.root, pooled=self.form.pooled
+                )
+                if self.training:
+                    losses["kl"] = kl
+            return self.unsegment(z, len(z_hat)), losses

@@ -13,7 +13,7 @@ from torch import Tensor
 from softvq_lib import config as strictly
 from softvq_lib.data import DataConfig, DataSplits, UnreadableLog, open_dataset, training_batches
 from softvq_lib.losses import LossConfig, objective
-from softvq_lib.tokenizers import Tokenizer, TokenizerConfig
+from softvq_lib.tokenizers import NotFiniteError, Tokenizer, TokenizerConfig
 from softvq_lib.training import checkpoint, engine
 from softvq_lib.training.config import TrainConfig
 from softvq_lib.training.files import check_writable, read_lines, write_whole
@@ -39,6 +39,7 @@ def train(**parameters: object) -> Run:
     """
     tokenizer_config, data_config, loss_config, settings = strictly.split(parameters, *CONFIGS)
     tokenizer_config = tokenizer_config.resolved()
+    loss_config = loss_config.resolved(tokenizer_config.quantizer)
     device = engine.choose_device(settings.device)
     data = open_dataset(data_config, tokenizer_config.image_size)
     model, tokenizer_config = _build(tokenizer_config, settings.seed)
@@ -168,14 +169,10 @@ class _Trainer:
         folder.mkdir(exist_ok=True)
         _picture(folder / "originals.png", measured.images)
         _picture(folder / f"step-{self.step:08d}.png", measured.reconstructions)
-        log.info(
-            "step %d of %d: held-out PSNR %.2f dB, codebook usage %.0f %%, perplexity %.0f",
-            self.step,
-            self.settings.steps,
-            row["val_psnr"],
-            100 * row["val_usage"],
-            row["val_perplexity"],
-        )
+        codes = ""
+        if measured.usage:
+            codes = f", codebook usage {100 * row['val_usage']:.0f} %, perplexity {row['val_perplexity']:.0f}"
+        log.info("step %d of %d: held-out PSNR %.2f dB%s", self.step, self.settings.steps, row["val_psnr"], codes)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -259,8 +256,15 @@ class _Trainer:
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = engine.learning_rate(self.step, settings.steps, settings.lr, settings.warmup, settings.min_lr)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            reconstructions, code = self.model(images)
+        # Seeded by the step: nothing of it needs to be saved for a run that goes on to draw the same numbers.
+        generator = torch.Generator(self.device)
+        generator.manual_seed(int(strictly.fingerprint([settings.seed, self.step])[:8], 16))
+        try:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                reconstructions, code = self.model(images, generator)
+        except NotFiniteError as error:
+            shown = ", ".join(map(str, indices[:8].tolist()))
+            raise FloatingPointError(f"step {self.step}: {error} (images {shown}, …)") from None
         loss, terms = objective(self.loss_config, images, reconstructions, code.losses)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -17,15 +17,15 @@ class Reconstruction:
 
     Attributes:
         psnr: Of each image in dB, (n,).
-        usage: Codebook usage and perplexity, see `CodebookUsage.summary`.
-        code_probability: Average posterior of each codebook, (codebooks, k).
+        usage: Codebook usage and perplexity, see `CodebookUsage.summary`; {} for a quantizer without codebook.
+        code_probability: Average posterior of each codebook, (codebooks, k); None for a quantizer without.
         images: The first few held-out images, (m, 3, height, width) in [-1, 1].
         reconstructions: Theirs, clamped to [-1, 1].
     """
 
     psnr: np.ndarray
     usage: dict[str, float]
-    code_probability: np.ndarray
+    code_probability: np.ndarray | None
     images: Tensor
     reconstructions: Tensor
 
@@ -53,15 +53,16 @@ def reconstruct(
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             reconstructions, code = tokenizer(images)
         values.append(psnr(images, reconstructions.float()).cpu())
-        usage.update(tokenizer.quantizer.segments(code.posterior()))
+        if tokenizer.quantizer.codes:
+            usage.update(tokenizer.quantizer.by_codebook(code.posterior()))
         if sum(map(len, images_shown)) < shown:
             images_shown.append(images.cpu())
             reconstructions_shown.append(reconstructions.float().clamp(-1, 1).cpu())
     tokenizer.train(was_training)
     return Reconstruction(
         psnr=torch.cat(values).numpy(),
-        usage=usage.summary(),
-        code_probability=(usage.total / usage.tokens).numpy(),
+        usage=usage.summary() if usage.tokens else {},
+        code_probability=(usage.total / usage.tokens).numpy() if usage.tokens else None,
         images=torch.cat(images_shown)[:shown],
         reconstructions=torch.cat(reconstructions_shown)[:shown],
     )
