@@ -242,6 +242,9 @@ def _record(experiment: TokenizerExperiment, folder: Path, originals: bool) -> N
     if originals:
         pictures[f"{run.name}-originals.png"] = run.path / "images" / "originals.png"
     rows[0]["pictures"] = rows_of.keep_pictures(folder / "train_tokenizer", pictures)
-    rows[0]["curve"] = [[row["step"], row["val_psnr"]] for row in run.metrics if "val_psnr" in row]
+    for row in rows:
+        curve = [[at["step"], at[f"val_{row['metric']}"]] for at in run.metrics if f"val_{row['metric']}" in at]
+        if curve:
+            row["curve"] = curve
     rows[0]["train_seconds"] = run.seconds
     rows_of.append(folder / "train_tokenizer.jsonl", rows)

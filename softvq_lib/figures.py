@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from softvq_lib.style import OKABE_ITO, WIDTH, colour_of, new_figure
+from softvq_lib.tables import quantizer_label
 
 
 def _tiles(images) -> list[np.ndarray]:
@@ -118,6 +119,32 @@ def recorded_curves(rows: list[dict]):
             axis.plot(*zip(*row["curve"], strict=True), "o-", label=row["run"])
     axis.set(xlabel="step", ylabel="held-out PSNR, dB", xlim=(0, None))
     axis.legend(loc="lower right")
+    return figure
+
+
+def compare_quantizers(rows: list[dict]):
+    """Draw held-out PSNR, codebook usage and perplexity against the step, a line a recorded run."""
+    figure, axes = new_figure(3, 1, 7.5, sharex=True)
+    runs = {row["run"]: row["config"] for row in rows if row["metric"] == "psnr"}
+    seen: dict[str, int] = {}
+    for run, config in runs.items():
+        style = ("-", "--", ":", "-.")[seen.setdefault(config["quantizer"], 0) % 4]
+        seen[config["quantizer"]] += 1
+        curves = {row["metric"]: row["curve"] for row in rows if row["run"] == run and row.get("curve")}
+        for axis, metric in zip(axes, ("psnr", "usage", "perplexity"), strict=True):
+            if metric in curves:
+                axis.plot(
+                    *zip(*curves[metric], strict=True),
+                    style,
+                    marker="o",
+                    markersize=3,
+                    color=colour_of(config["quantizer"]),
+                    label=quantizer_label(config),
+                )
+    axes[0].set(ylabel="held-out PSNR, dB")
+    axes[1].set(ylabel="codebook usage", ylim=(0, 1.05))
+    axes[2].set(ylabel="perplexity", xlabel="step", xlim=(0, None))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 

@@ -1,6 +1,28 @@
 """Tables in Markdown, from results rows and nothing else."""
 
-from softvq_lib.results import SOURCES
+from softvq_lib.style import QUANTIZER_NAMES
+
+
+def quantizer_label(config: dict) -> str:
+    """Name a recorded run by its quantizer and what is special about it."""
+    parts = [QUANTIZER_NAMES[config["quantizer"]]]
+    if config["quantizer"] == "softvq" and config["posterior"] != "released":
+        parts.append(config["posterior"])
+    if config.get("vq_ema"):
+        parts.append("with remedies")
+    for name, word in (("product", "groups"), ("residual", "levels")):
+        if config.get(name, 1) > 1:
+            parts.append(f"{config[name]} {word}")
+    return ", ".join(parts)
+
+
+def _by_run(rows: list[dict]) -> list[dict[str, dict]]:
+    """Group measured rows by run, and within it by metric; a paper's number never gets in."""
+    runs: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        if row["source"] == "measured":
+            runs.setdefault(row["run"], {})[row["metric"]] = row
+    return list(runs.values())
 
 
 def _interval(row: dict, digits: int) -> str:
@@ -9,26 +31,20 @@ def _interval(row: dict, digits: int) -> str:
 
 
 def reconstruction(rows: list[dict]) -> str:
-    """One line a recorded run: what it is, PSNR beside PCA with intervals, codebook use, training time.
-
-    Only measured rows are drawn: the sources never share a column.
-    """
-    assert "measured" in SOURCES
-    by_run: dict[str, dict[str, dict]] = {}
-    for row in rows:
-        if row["source"] == "measured":
-            by_run.setdefault(row["run"], {})[row["metric"]] = row
-    if not by_run:
+    """One line a recorded run: what it is, PSNR beside PCA with intervals, codebook use, training time."""
+    runs = _by_run(rows)
+    if not runs:
         return "*No rows have been recorded.*"
     lines = [
-        "| data | tokens × dim | steps | PSNR, dB | PCA 16 | PCA 64 | codes used | perplexity | minutes | n |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| quantizer | data | tokens × dim | steps | PSNR, dB | PCA 16 | PCA 64 | used | perplexity | minutes | n |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for metrics in by_run.values():
+    for metrics in runs:
         row = metrics["psnr"]
         config = row["config"]
         pca = [_interval(metrics[f"psnr_pca_{n}"], 2) if f"psnr_pca_{n}" in metrics else "–" for n in (16, 64)]
         cells = [
+            quantizer_label(config),
             f"{row['data']}, {config['image_size']} px",
             f"{config['tokens']} × {config['dim']}",
             f"{config['steps']:,}",
@@ -45,17 +61,14 @@ def reconstruction(rows: list[dict]) -> str:
 
 def forward_cost(rows: list[dict]) -> str:
     """One line a measured forward pass: milliseconds a batch to encode and decode, and memory."""
-    by_run: dict[str, dict[str, dict]] = {}
-    for row in rows:
-        if row["run"].startswith("forward-"):
-            by_run.setdefault(row["run"], {})[row["metric"]] = row
-    if not by_run:
+    runs = _by_run([row for row in rows if row["run"].startswith("forward-")])
+    if not runs:
         return "*No rows have been recorded.*"
     lines = [
         "| preset | image | tokens | precision | batch | encode, ms | decode, ms | peak memory, MiB | weights, MiB |",
         "|---|--:|--:|---|--:|--:|--:|--:|--:|",
     ]
-    for metrics in by_run.values():
+    for metrics in runs:
         config = metrics["peak_mib"]["config"]
         cells = [
             config["preset"],
