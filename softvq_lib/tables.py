@@ -115,3 +115,22 @@ def parameter_counts(paper: list[dict]) -> str:
         unused = tokenizer.decoder.width * (3 * tokenizer.config.patch_size**2 + 1)
         lines.append(f"{row['preset']:8}{count / 1e6:10.2f}{(count + unused) / 1e6:13.2f}{row['value']:10.0f}")
     return "\n".join(lines)
+
+
+def parameters(rows: list[dict]) -> str:
+    """One line an entry of `parameter_table`: ours in millions, and the paper's number in a column of its own."""
+    lines = [
+        "| tokenizer | tokens × dim | ours, M | with unused parts, M | what is counted | the paper, M |",
+        "|---|--:|--:|--:|---|--:|",
+    ]
+    for row in rows:
+        counts = (row["ours"], row["ours_with_unused"])
+        cells = [
+            row["what"],
+            f"{row['tokens']} × {row['dim']}",
+            *("–" if count is None else f"{count / 1e6:.2f}" for count in counts),
+            row["note"],
+            "–" if row["paper"] is None else f"{row['paper']} ({row['place']})",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -9,7 +9,7 @@ from softvq_lib.tokenizers.presets import TokenizerConfig
 from softvq_lib.tokenizers.product import Product
 from softvq_lib.tokenizers.quantizer import Quantizer
 from softvq_lib.tokenizers.residual import Residual
-from softvq_lib.tokenizers.softvq import SoftVQ
+from softvq_lib.tokenizers.softvq import FORMS, SoftVQ
 from softvq_lib.tokenizers.vq import VQ
 
 
@@ -55,7 +55,7 @@ def build_quantizer(config: TokenizerConfig) -> Quantizer:
     """Build what a resolved configuration names: one quantizer, or groups of channels, levels, or levels in groups."""
     dim = config.dim // config.product
     build = BUILDERS[config.quantizer]
-    on_sphere = config.quantizer == "vq" or (config.quantizer == "softvq" and config.posterior == "released")
+    on_sphere = config.quantizer == "vq" or (config.quantizer == "softvq" and FORMS[config.posterior].sphere)
 
     def group() -> Quantizer:
         if config.residual == 1:

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from softvq_lib.config import at_least, one_of
+from softvq_lib.tokenizers.softvq import temperatures
 
 _DINOV2 = "vit_{}_patch14_dinov2.lvd142m"
 
@@ -63,9 +64,9 @@ class TokenizerConfig:
         codebook_size: Codes k of one codebook.
         codebooks: Segments of consecutive tokens with a codebook each.
         posterior: Form of the soft assignment, see `softvq_lib.tokenizers.softvq`.
-        temperature: tau of Eq. 4, above 0.
-        entropy_temperature: Temperature of the KL term's posterior. None: 0.01 for `released` and for VQ, tau
-            otherwise. GMMVQ has none of its own.
+        temperature: tau of Eq. 4, above 0. None: 0.07, but 0.5 for the posterior `squared`.
+        entropy_temperature: Temperature of the KL term's posterior. None: 0.01 for `released` and for VQ, tau / 7
+            for the other posteriors. GMMVQ has none of its own.
         product: Groups that the channels are cut into, a quantizer each; 1 is none. Divides `dim`.
         residual: Levels, each quantizing what the one before left over; 1 is none. With `product`, in each group.
         vq_ema: VQ's codewords are moving averages of their tokens with this decay. None: they follow their gradient.
@@ -83,7 +84,7 @@ class TokenizerConfig:
     codebook_size: int | None = None
     codebooks: int | None = None
     posterior: str = "released"
-    temperature: float = 0.07
+    temperature: float | None = None
     entropy_temperature: float | None = None
     product: int = 1
     residual: int = 1
@@ -168,7 +169,9 @@ class TokenizerConfig:
                 f"dim={dim} is not divisible by product={self.product}, the groups that share the channels: choose "
                 f"product among {', '.join(map(str, divisors))}, or another dim."
             )
-        cold = self.quantizer == "vq" or (self.quantizer == "softvq" and self.posterior == "released")
+        # VQ's entropy term has the release's temperature; there and in GMMVQ the form of the posterior plays no part.
+        posterior = self.posterior if self.quantizer == "softvq" else "released"
+        temperature, entropy_temperature = temperatures(posterior, self.temperature, self.entropy_temperature)
         config = dataclasses.replace(
             self,
             image_size=image_size,
@@ -176,7 +179,8 @@ class TokenizerConfig:
             codebooks=codebooks,
             codebook_size=self.codebook_size or row["codebook_size"],
             dim=dim,
-            entropy_temperature=self.entropy_temperature or (0.01 if cold else self.temperature),
+            temperature=temperature,
+            entropy_temperature=entropy_temperature,
         )
         if config.patches > MAX_PATCHES:
             raise ValueError(
