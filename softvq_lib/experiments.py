@@ -5,15 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from softvq_lib import config as strictly
 from softvq_lib import results as rows_of
 from softvq_lib.data import DataSplits, open_dataset
-from softvq_lib.evaluation import bootstrap_mean, forward_cost, pca_psnr
-from softvq_lib.tokenizers import PRESETS
+from softvq_lib.evaluation import bootstrap_mean, pca_psnr
 from softvq_lib.training import Reconstruction, Run, reconstruct
-from softvq_lib.training.engine import device_name
 from softvq_lib.training.tokenizer import CONFIGS, train
 
 
@@ -126,83 +123,6 @@ def train_tokenizer(**values: object) -> TokenizerExperiment:
 
 # Data whose images may be shown; of any other, committed pictures show only what a model made.
 _SHOWABLE = ("digits", "shapes")
-
-
-@dataclass(frozen=True)
-class EfficiencyConfig:
-    """Which forward passes are measured.
-
-    Attributes:
-        preset: Size of the tokenizer.
-        tokens: Latent tokens l.
-        batch_sizes: Numbers of images, separated by commas.
-        precisions: `fp32`, `bf16` or both, separated by commas.
-        rounds: Passes timed of each.
-        results: Folder whose `efficiency.jsonl` the measured rows are appended to. None: nothing is recorded.
-    """
-
-    preset: str = "tiny"
-    tokens: int = 64
-    batch_sizes: str = "1,4"
-    precisions: str = "fp32"
-    rounds: int = 3
-    results: str | None = None
-
-    def __post_init__(self):
-        strictly.one_of("preset", self.preset, PRESETS)
-        strictly.at_least("tokens", self.tokens, 1)
-        strictly.at_least("rounds", self.rounds, 1)
-        for precision in self.precisions.split(","):
-            strictly.one_of("precisions", precision.strip(), ("fp32", "bf16"))
-        if not all(size.strip().isdigit() and int(size) > 0 for size in self.batch_sizes.split(",")):
-            raise ValueError(
-                f"batch_sizes={self.batch_sizes!r}: give whole numbers above 0 with commas, such as '1,4'."
-            )
-
-
-def efficiency(**values: object) -> list[dict]:
-    """Measure forward passes on this machine, record them if asked to, and return the rows.
-
-    Args:
-        values: Fields of `EfficiencyConfig`.
-
-    Raises:
-        ValueError: for a parameter that is unknown or out of range.
-    """
-    config = strictly.strict(EfficiencyConfig, values)
-    rows = []
-    for precision in config.precisions.split(","):
-        for batch_size in config.batch_sizes.split(","):
-            cost = forward_cost(
-                config.preset,
-                batch_size=int(batch_size),
-                tokens=config.tokens,
-                precision=precision.strip(),
-                rounds=config.rounds,
-            )
-            setting = {k: cost[k] for k in ("preset", "tokens", "image_size", "batch_size", "precision", "threads")}
-            common = {
-                "experiment": "efficiency",
-                "run": f"forward-{config.preset}-{config.tokens}-batch{batch_size.strip()}-{cost['precision']}",
-                "low": None,
-                "high": None,
-                "interval": "",
-                "n": config.rounds,
-                "seed": 0,
-                "source": "measured",
-                "data": "random images",
-                "data_fingerprint": "",
-                "config": setting,
-                "config_hash": strictly.fingerprint(setting),
-                "device": device_name(torch.device("cpu")),
-                "precision": cost["precision"],
-                **rows_of.origin(),
-            }
-            for metric in ("encode_seconds", "decode_seconds", "peak_mib", "weights_mib"):
-                rows.append(rows_of.check({**common, "metric": metric, "value": cost[metric]}))
-    if config.results:
-        rows_of.append(Path(config.results) / "efficiency.jsonl", rows)
-    return rows
 
 
 def _record(experiment: TokenizerExperiment, folder: Path, originals: bool) -> None:

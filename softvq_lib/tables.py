@@ -83,6 +83,27 @@ def forward_cost(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def quantizer_cost(rows: list[dict]) -> str:
+    """One line a comparison of quantizers: processor time and memory, ours against theirs, ratios with intervals."""
+    runs = _by_run([row for row in rows if row["run"].startswith("quantizer-")])
+    if not runs:
+        return "*No rows have been recorded.*"
+    lines = [
+        "| ours | against | codes | s | s | time ratio | extra MiB | extra MiB | memory ratio |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+
+    def value(metrics: dict[str, dict], name: str, digits: int) -> str:
+        return _interval(metrics[name], digits) if name in metrics else "–"
+
+    for metrics in runs:
+        config = metrics["time_ratio"]["config"]
+        digits = {"seconds": 3, "against_seconds": 3, "time_ratio": 2, "mib": 0, "against_mib": 0, "memory_ratio": 2}
+        cells = [config["subject"], config["against"], f"{config['codes']:,}"]
+        lines.append("| " + " | ".join(cells + [value(metrics, name, d) for name, d in digits.items()]) + " |")
+    return "\n".join(lines)
+
+
 def provenance(rows: list[dict]) -> str:
     """One sentence on where rows come from: commits, devices, versions, dates, data."""
 

@@ -10,7 +10,8 @@ import pytest
 
 from softvq_lib import ROOT, figures, results, tables, train_tokenizer
 from softvq_lib.config import fields_of
-from softvq_lib.experiments import TOKENIZER_EXPERIMENT, EfficiencyConfig, efficiency, parameters
+from softvq_lib.efficiency import EfficiencyConfig, efficiency
+from softvq_lib.experiments import TOKENIZER_EXPERIMENT, parameters
 
 NOTEBOOK = ROOT / "book" / "train_tokenizer.ipynb"
 QUICK = {"tokens": 4, "steps": 12, "batch_size": 8, "limit": 64, "val_images": 40, "log_every": 4}
@@ -138,8 +139,13 @@ def test_committed_rows_are_whole():
 
 
 def test_efficiency_measures_and_records(tmp_path):
-    rows = efficiency(tokens=4, batch_sizes="1, 2", rounds=1, results=str(tmp_path))
-    assert {row["run"] for row in rows} == {"forward-tiny-4-batch1-fp32", "forward-tiny-4-batch2-fp32"}
+    small = {"bench_tokens": 16, "bench_codes": 8}
+    rows = efficiency(tokens=4, batch_sizes="1, 2", rounds=2, **small, results=str(tmp_path))
+    forward = {row["run"] for row in rows if row["run"].startswith("forward")}
+    assert forward == {"forward-tiny-4-batch1-fp32", "forward-tiny-4-batch2-fp32"}
+    ratios = [row for row in rows if row["metric"] == "time_ratio"]
+    assert len(ratios) >= 8 and all(row["low"] <= row["value"] <= row["high"] for row in ratios)
+    assert "| SoftVQ released, with KL term | plain released, with KL term | 8 |" in tables.quantizer_cost(rows)
     values = {row["metric"]: row["value"] for row in rows}
     assert values["encode_seconds"] > 0 and values["decode_seconds"] > 0
     assert values["weights_mib"] == pytest.approx(0.84, abs=0.1)

@@ -69,7 +69,8 @@ def _ours(preset: str, quantizer: str, tokens: int, dim: int | None) -> dict:
     config = tokenizer.config
     count = _count(tokenizer)
     with_unused = count + tokenizer.decoder.width * (3 * config.patch_size**2 + 1)
-    # Tab. 3 says 46 M for all twelve S rows. The head is Eq. 5's: two hidden layers of 1024, DINOv2-B's 768 features.
+    # Tab. 3 says 46 M for all twelve S rows, which this sum gives; the paper does not say that it counts so. The head
+    # of Eq. 5 is the release's: two hidden layers of 1024, and the 768 features of DINOv2-B.
     head = _linear(config.dim, 1024) + _linear(1024, 1024) + _linear(1024, 768)
     single = with_unused + head
     note, parts = "no codebook", "the alignment head"

@@ -1,0 +1,125 @@
+"""The efficiency experiment: forward passes of tokenizers, and quantizers against their alternatives."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from softvq_lib import config as strictly
+from softvq_lib import results as rows_of
+from softvq_lib.evaluation import forward_cost, quantizer_rows
+from softvq_lib.tokenizers import PRESETS
+from softvq_lib.training.engine import device_name
+
+
+@dataclass(frozen=True)
+class EfficiencyConfig:
+    """Which forward passes and which quantizers are measured.
+
+    Attributes:
+        preset: Size of the tokenizer.
+        tokens: Latent tokens l.
+        batch_sizes: Numbers of images, separated by commas.
+        precisions: `fp32`, `bf16` or both, separated by commas.
+        bench_tokens: Tokens that the quantizers work on.
+        bench_codes: Codes k of their codebook, of 32 channels.
+        bench_memory: Measure their memory too, each in a process of its own.
+        rounds: Passes timed of each.
+        results: Folder whose `efficiency.jsonl` the measured rows are appended to. None: nothing is recorded.
+    """
+
+    preset: str = "tiny"
+    tokens: int = 64
+    batch_sizes: str = "1,4"
+    precisions: str = "fp32"
+    bench_tokens: int = 256
+    bench_codes: int = 512
+    bench_memory: bool = False
+    rounds: int = 3
+    results: str | None = None
+
+    def __post_init__(self):
+        strictly.one_of("preset", self.preset, PRESETS)
+        strictly.at_least("tokens", self.tokens, 1)
+        for name in ("bench_tokens", "bench_codes", "rounds"):
+            strictly.at_least(name, getattr(self, name), 1)
+        for precision in self.precisions.split(","):
+            strictly.one_of("precisions", precision.strip(), ("fp32", "bf16"))
+        if not all(size.strip().isdigit() and int(size) > 0 for size in self.batch_sizes.split(",")):
+            raise ValueError(
+                f"batch_sizes={self.batch_sizes!r}: give whole numbers above 0 with commas, such as '1,4'."
+            )
+
+
+def efficiency(**values: object) -> list[dict]:
+    """Measure on this machine's processor, record the rows if asked to, and return them.
+
+    Args:
+        values: Fields of `EfficiencyConfig`.
+
+    Raises:
+        ValueError: for a parameter that is unknown or out of range.
+    """
+    config = strictly.strict(EfficiencyConfig, values)
+    rows = [*_forward_rows(config), *_quantizer_rows(config)]
+    if config.results:
+        rows_of.append(Path(config.results) / "efficiency.jsonl", rows)
+    return rows
+
+
+def _rows(run: str, setting: dict, precision: str, rounds: int, values: dict[str, tuple | float]) -> list[dict]:
+    """Make one row a value; a value with an interval is (value, low, high)."""
+    common = {
+        "experiment": "efficiency",
+        "run": run,
+        "n": rounds,
+        "seed": 0,
+        "source": "measured",
+        "data": "random numbers",
+        "data_fingerprint": "",
+        "config": setting,
+        "config_hash": strictly.fingerprint(setting),
+        "device": device_name(torch.device("cpu")),
+        "precision": precision,
+        **rows_of.origin(),
+    }
+    rows = []
+    for metric, value in values.items():
+        value, low, high = value if isinstance(value, tuple) else (value, None, None)
+        interval = "" if low is None else "95 % bootstrap over rounds"
+        rows.append(
+            rows_of.check({**common, "metric": metric, "value": value, "low": low, "high": high, "interval": interval})
+        )
+    return rows
+
+
+def _forward_rows(config: EfficiencyConfig) -> list[dict]:
+    rows = []
+    for precision in map(str.strip, config.precisions.split(",")):
+        for batch_size in map(int, config.batch_sizes.split(",")):
+            cost = forward_cost(
+                config.preset,
+                batch_size=batch_size,
+                tokens=config.tokens,
+                precision=precision,
+                rounds=config.rounds,
+            )
+            setting = {k: cost[k] for k in ("preset", "tokens", "image_size", "batch_size", "precision", "threads")}
+            run = f"forward-{config.preset}-{config.tokens}-batch{batch_size}-{precision}"
+            metrics = ("encode_seconds", "decode_seconds", "peak_mib", "weights_mib")
+            rows += _rows(run, setting, precision, config.rounds, {metric: cost[metric] for metric in metrics})
+    return rows
+
+
+def _quantizer_rows(config: EfficiencyConfig) -> list[dict]:
+    rows = []
+    for pair in quantizer_rows(
+        config.bench_tokens, config.bench_codes, rounds=config.rounds, memory=config.bench_memory
+    ):
+        setting = {k: pair[k] for k in ("subject", "against", "tokens", "codes", "dim", "threads")}
+        run = f"quantizer-{pair['subject']}-against-{pair['against']}-{pair['tokens']}x{pair['codes']}"
+        values = {"time_ratio": (pair["ratio"], pair["low"], pair["high"])}
+        names = ("seconds", "against_seconds", "mib", "against_mib", "memory_ratio")
+        values |= {name: float(pair[name]) for name in names if name in pair}
+        rows += _rows(run, setting, "fp32", config.rounds, values)
+    return rows
