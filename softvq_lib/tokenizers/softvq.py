@@ -7,15 +7,17 @@
 | squared  | softmax(-|z_hat - c|^2 / 2tau) | 0.5  | tau / 7          | each codebook           |
 
 `released` is what the authors' code computes: no gradient reaches the codewords through the posterior, only through
-the average. On the unit sphere |z_hat - c|^2 = 2 - 2 cos, so it is a squared distance there, at the same tau in
-`squared`. `paper` is Eq. 4 as printed, codewords and z_hat as they are; `squared` likewise.
+the average. On the unit sphere |z_hat - c|^2 = 2 - 2 cos, so there it equals `squared` at the same tau. `paper` is
+Eq. 4 as printed, with z_hat and codewords as they are; so is `squared`.
 
 When the forms train. Codewords start on the unit sphere: from the usual U(-1/k, 1/k) all distances of Eq. 4 are
-equal, the posterior is uniform and the encoder's gradient vanishes. The KL term, -I(x; k), makes the posterior sharp
-that it is computed from. At T = tau that is the posterior that forms z: each token settles on one code by its position
-alone, its posterior becomes one-hot and no gradient of the images is left. At T = tau / 7, the release's ratio, the
-term is satisfied while the posterior at tau is still soft. `squared` divides z_hat . c by tau, so its sharpness grows
-with |z_hat|, which starts near 2 and grows to about 5: hence its larger tau.
+equal, the posterior is uniform and the encoder's gradient vanishes. The KL term, -I(x; k), sharpens the posterior that
+it is computed from. At T = tau that is the posterior that makes z: it becomes one-hot within tens of steps, each token
+keeps the code that its position gave it, and no gradient of the images is left to move it. At a T well below tau, as
+the release has it, the term is content while the posterior at tau is still soft. The unsquared distance has a cusp at
+each codeword, which draws z_hat further in: `paper` stays longer with one code a position than the others do, and
+with few channels leaves it sooner at tau = 0.14, T = 0.01. The logits of `squared` grow with |z_hat|, about 2 to 5 off
+the sphere, hence its larger tau.
 """
 
 from collections.abc import Callable
