@@ -2,6 +2,8 @@
 
 from softvq_lib.evaluation.baselines import pca_psnr
 from softvq_lib.evaluation.cost import forward_cost
+from softvq_lib.evaluation.efficiency import quantizer_rows
+from softvq_lib.evaluation.parameters import parameter_table
 from softvq_lib.evaluation.statistics import bootstrap_mean
 
-__all__ = ["bootstrap_mean", "forward_cost", "pca_psnr"]
+__all__ = ["bootstrap_mean", "forward_cost", "parameter_table", "pca_psnr", "quantizer_rows"]
