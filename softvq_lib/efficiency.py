@@ -42,7 +42,7 @@ class EfficiencyConfig:
         strictly.one_of("preset", self.preset, PRESETS)
         strictly.at_least("tokens", self.tokens, 1)
         for name in ("bench_tokens", "bench_codes", "rounds"):
-            strictly.at_least(name, getattr(self, name), 1)
+            strictly.at_least(name, getattr(self, name), 3 if name == "rounds" else 1)
         for precision in self.precisions.split(","):
             strictly.one_of("precisions", precision.strip(), ("fp32", "bf16"))
         if not all(size.strip().isdigit() and int(size) > 0 for size in self.batch_sizes.split(",")):

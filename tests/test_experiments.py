@@ -140,7 +140,7 @@ def test_committed_rows_are_whole():
 
 def test_efficiency_measures_and_records(tmp_path):
     small = {"bench_tokens": 16, "bench_codes": 8}
-    rows = efficiency(tokens=4, batch_sizes="1, 2", rounds=2, **small, results=str(tmp_path))
+    rows = efficiency(tokens=4, batch_sizes="1, 2", rounds=3, **small, results=str(tmp_path))
     forward = {row["run"] for row in rows if row["run"].startswith("forward")}
     assert forward == {"forward-tiny-4-batch1-fp32", "forward-tiny-4-batch2-fp32"}
     ratios = [row for row in rows if row["metric"] == "time_ratio"]
