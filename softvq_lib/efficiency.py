@@ -1,6 +1,6 @@
 """The efficiency experiment: forward passes of tokenizers, and quantizers against their alternatives."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -8,6 +8,7 @@ import torch
 from softvq_lib import config as strictly
 from softvq_lib import results as rows_of
 from softvq_lib.evaluation import forward_cost, quantizer_rows
+from softvq_lib.evaluation.efficiency import Subject, peak_mib
 from softvq_lib.tokenizers import PRESETS
 from softvq_lib.training.engine import device_name
 
@@ -23,7 +24,8 @@ class EfficiencyConfig:
         precisions: `fp32`, `bf16` or both, separated by commas.
         bench_tokens: Tokens that the quantizers work on.
         bench_codes: Codes k of their codebook, of 32 channels.
-        bench_memory: Measure their memory too, each in a process of its own.
+        bench_memory: Measure their memory too, each in a process of its own, and SoftVQ's at `bench_large_codes`.
+        bench_large_codes: Codes k of that last one.
         rounds: Passes timed of each.
         results: Folder whose `efficiency.jsonl` the measured rows are appended to. None: nothing is recorded.
     """
@@ -35,13 +37,14 @@ class EfficiencyConfig:
     bench_tokens: int = 256
     bench_codes: int = 512
     bench_memory: bool = False
+    bench_large_codes: int = 65536
     rounds: int = 3
     results: str | None = None
 
     def __post_init__(self):
         strictly.one_of("preset", self.preset, PRESETS)
         strictly.at_least("tokens", self.tokens, 1)
-        for name in ("bench_tokens", "bench_codes", "rounds"):
+        for name in ("bench_tokens", "bench_codes", "bench_large_codes", "rounds"):
             strictly.at_least(name, getattr(self, name), 3 if name == "rounds" else 1)
         for precision in self.precisions.split(","):
             strictly.one_of("precisions", precision.strip(), ("fp32", "bf16"))
@@ -106,7 +109,8 @@ def _forward_rows(config: EfficiencyConfig) -> list[dict]:
             )
             setting = {k: cost[k] for k in ("preset", "tokens", "image_size", "batch_size", "precision", "threads")}
             run = f"forward-{config.preset}-{config.tokens}-batch{batch_size}-{precision}"
-            metrics = ("encode_seconds", "decode_seconds", "peak_mib", "weights_mib")
+            metrics = [f"{half}_{what}" for what in ("seconds", "ratio", "peak_share") for half in ("encode", "decode")]
+            metrics += ["peak_mib", "weights_mib"]
             rows += _rows(run, setting, precision, config.rounds, {metric: cost[metric] for metric in metrics})
     return rows
 
@@ -122,4 +126,8 @@ def _quantizer_rows(config: EfficiencyConfig) -> list[dict]:
         names = ("seconds", "against_seconds", "mib", "against_mib", "memory_ratio")
         values |= {name: float(pair[name]) for name in names if name in pair}
         rows += _rows(run, setting, "fp32", config.rounds, values)
+    if config.bench_memory:
+        subject = Subject(tokens=config.bench_tokens, codes=config.bench_large_codes)
+        run = f"memory-{subject}-{subject.tokens}x{subject.codes}"
+        rows += _rows(run, {"subject": str(subject), **asdict(subject)}, "fp32", 1, {"mib": peak_mib(subject)})
     return rows

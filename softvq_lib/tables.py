@@ -65,8 +65,9 @@ def forward_cost(rows: list[dict]) -> str:
     if not runs:
         return "*No rows have been recorded.*"
     lines = [
-        "| preset | image | tokens | precision | batch | encode, ms | decode, ms | peak memory, MiB | weights, MiB |",
-        "|---|--:|--:|---|--:|--:|--:|--:|--:|",
+        "| preset | image | tokens | precision | batch | encode, ms | decode, ms | to timm's | to timm's "
+        "| of peak | of peak | peak MiB | weights, MiB |",
+        "|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for metrics in runs:
         config = metrics["peak_mib"]["config"]
@@ -77,6 +78,8 @@ def forward_cost(rows: list[dict]) -> str:
             config["precision"],
             f"{config['batch_size']}",
             *(f"{1000 * metrics[name]['value']:.0f}" for name in ("encode_seconds", "decode_seconds")),
+            *(f"{metrics[name]['value']:.2f}×" for name in ("encode_ratio", "decode_ratio")),
+            *(f"{100 * metrics[name]['value']:.0f} %" for name in ("encode_peak_share", "decode_peak_share")),
             *(f"{metrics[name]['value']:.0f}" for name in ("peak_mib", "weights_mib")),
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -101,6 +104,8 @@ def quantizer_cost(rows: list[dict]) -> str:
         digits = {"seconds": 3, "against_seconds": 3, "time_ratio": 2, "mib": 0, "against_mib": 0, "memory_ratio": 2}
         cells = [config["subject"], config["against"], f"{config['codes']:,}"]
         lines.append("| " + " | ".join(cells + [value(metrics, name, d) for name, d in digits.items()]) + " |")
+    for row in (row for row in rows if row["run"].startswith("memory-")):
+        lines.append(f"| {row['config']['subject']} | | {row['config']['codes']:,} | | | | {row['value']:.0f} | | |")
     return "\n".join(lines)
 
 

@@ -10,6 +10,9 @@ from softvq_lib.config import at_least
 from softvq_lib.tokenizers.quantizer import CodebookQuantizer, fp32, in_fp32, kl_term
 
 
+SHARPER = 7  # tau / T of the release: 0.07 / 0.01
+
+
 class GMMVQ(CodebookQuantizer):
     """Soft vector quantizer with a learnt, data-dependent sharpness omega(z_hat) > 0.
 
@@ -21,7 +24,8 @@ class GMMVQ(CodebookQuantizer):
     code, the posterior would no longer be a function of distances alone.
 
     Distances are Euclidean, unsquared and off the sphere, as Eq. 4 prints them; codewords start on the unit sphere.
-    The loss "kl" is the KL term of Eq. 4 on this same posterior.
+    The loss "kl" is the KL term of Eq. 4 on a posterior 7 times as sharp, as in SoftVQ's forms: on the posterior that
+    makes z it would freeze tokens at the codes of their positions.
 
     Args:
         tokens, dim, codebook_size, codebooks: As in `CodebookQuantizer`.
@@ -56,6 +60,8 @@ class GMMVQ(CodebookQuantizer):
 
     def forward(self, z_hat: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         with in_fp32(z_hat):
-            log_q = self._log_q(z_hat, self.omega(z_hat))
-            z = self.unsegment(log_q.exp() @ fp32(self.codebook), len(z_hat))
-            return z, {"kl": kl_term(log_q, pooled=False)} if self.training else {}
+            omega = self.omega(z_hat)
+            z = self.unsegment(self._log_q(z_hat, omega).exp() @ fp32(self.codebook), len(z_hat))
+            if not self.training:
+                return z, {}
+            return z, {"kl": kl_term(self._log_q(z_hat, SHARPER * omega), pooled=False)}
