@@ -21,7 +21,7 @@ _PUBLIC = {
     "open_dataset": "softvq_lib.data",
     "TrainConfig": "softvq_lib.training",
     "train_tokenizer": "softvq_lib.experiments",
-    "efficiency": "softvq_lib.efficiency",
+    "efficiency": "softvq_lib.costs",
     "parameters": "softvq_lib.experiments",
 }
 

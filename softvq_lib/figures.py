@@ -13,11 +13,11 @@ def _tiles(images) -> list[np.ndarray]:
     return list(((images.float().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).cpu().numpy())
 
 
-def _rows_of_tiles(rows: list[tuple[str, list[np.ndarray]]], captions: list[str] | None = None):
+def _rows_of_tiles(rows: list[tuple[str, list[np.ndarray]]], captions: list[str] | None = None, width: float = WIDTH):
     """Draw labelled rows of pictures; captions stand under the last row."""
     columns = max(len(tiles) for _, tiles in rows)
-    side = (WIDTH - 0.9) / columns
-    figure, axes = new_figure(len(rows), columns, len(rows) * side + 0.25 * bool(captions), squeeze=False)
+    side = (width - 0.9) / columns
+    figure, axes = new_figure(len(rows), columns, len(rows) * side + 0.25 * bool(captions), width, squeeze=False)
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
     for line, (label, tiles) in zip(axes, rows, strict=True):
         for axis in line:
@@ -61,12 +61,12 @@ def _strip(path: Path) -> list[np.ndarray]:
     return [picture[1:pitch, start : start + pitch - 1] for start in starts]
 
 
-def progress(snapshots: dict[int, Path], originals: Path | None = None):
+def progress(snapshots: dict[int, Path], originals: Path | None = None, width: float = WIDTH):
     """Show the same held-out images reconstructed at several steps of training, a row a step."""
     rows = [(f"step {step}", _strip(path)) for step, path in sorted(snapshots.items())]
     if originals is not None:
         rows.append(("original", _strip(originals)))
-    return _rows_of_tiles(rows)
+    return _rows_of_tiles(rows, width=width)
 
 
 def curves(metrics: list[dict], quantizer: str = "softvq"):
@@ -149,7 +149,9 @@ def compare_quantizers(rows: list[dict]):
 
 
 def recorded_progress(row: dict, folder: Path):
-    """Draw the pictures of progress that a results row names, after checking their sha256.
+    """Draw the pictures of progress that a results row names, the noise before the first step left out.
+
+    Their sha256 are checked.
 
     Raises:
         ValueError: when a picture is missing or is not the one that was recorded.
@@ -163,6 +165,6 @@ def recorded_progress(row: dict, folder: Path):
             raise ValueError(f"{path} is missing or is not the picture that its results row names.")
         if name.endswith("-originals.png"):
             originals = path
-        else:
-            snapshots[int(path.stem.rsplit("-", 1)[1])] = path
-    return progress(snapshots, originals)
+        elif step := int(path.stem.rsplit("-", 1)[1]):
+            snapshots[step] = path
+    return progress(snapshots, originals, 0.6 * WIDTH)

@@ -10,7 +10,7 @@ import pytest
 
 from softvq_lib import ROOT, figures, results, tables, train_tokenizer
 from softvq_lib.config import fields_of
-from softvq_lib.efficiency import EfficiencyConfig, efficiency
+from softvq_lib.costs import EfficiencyConfig, efficiency
 from softvq_lib.experiments import TOKENIZER_EXPERIMENT, parameters
 
 NOTEBOOK = ROOT / "book" / "train_tokenizer.ipynb"

@@ -16,7 +16,7 @@ LAYERS = [
     {"tokenizers", "losses", "generators", "data"},
     {"training"},
     {"evaluation"},
-    {"results", "tables", "figures", "style", "method_maths", "method_figures", "efficiency", "experiments"},
+    {"results", "tables", "figures", "style", "method_maths", "method_figures", "costs", "experiments"},
 ]
 PACKAGE = "softvq_lib"
 

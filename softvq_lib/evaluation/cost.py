@@ -66,7 +66,7 @@ def _matmul_flops_per_second(dtype) -> float:
     side = 2048
     a, b = torch.rand(side, side, dtype=dtype), torch.rand(side, side, dtype=dtype)
     best = float("inf")
-    for _ in range(6):
+    for _ in range(20):
         start = time.perf_counter()
         a @ b
         best = min(best, time.perf_counter() - start)
@@ -74,17 +74,13 @@ def _matmul_flops_per_second(dtype) -> float:
 
 
 def _measure(preset: str, batch_size: int, tokens: int, precision: str, rounds: int) -> dict:
-    import resource
     import statistics
     import time
 
     import torch
 
+    from softvq_lib.evaluation.efficiency import peak_bytes, reset_peak
     from softvq_lib.tokenizers import Tokenizer
-
-    def resident_mib() -> float:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
     def seconds(call) -> float:
         start = time.perf_counter()
@@ -94,7 +90,7 @@ def _measure(preset: str, batch_size: int, tokens: int, precision: str, rounds: 
     torch.manual_seed(0)
     # A small one first: what importing and starting the libraries takes is not the tokenizer's.
     Tokenizer.from_preset("tiny").eval()(torch.zeros(1, 3, 32, 32))
-    before = resident_mib()
+    before = reset_peak()
     tokenizer = Tokenizer.from_preset(preset, tokens=tokens).eval()
     size = tokenizer.config.image_size
     images = torch.rand(batch_size, 3, size, size) * 2 - 1
@@ -103,7 +99,7 @@ def _measure(preset: str, batch_size: int, tokens: int, precision: str, rounds: 
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         z = tokenizer.encode(images).z
         tokenizer.decode(z)
-        peak = resident_mib() - before
+        peak = (peak_bytes() - before) / 2**20
         calls = {"encode": lambda: tokenizer.encode(images), "decode": lambda: tokenizer.decode(z)}
         for half in ("encoder", "decoder"):
             calls[f"{half} vit"] = partial(*_plain_vit(tokenizer, half, batch_size))

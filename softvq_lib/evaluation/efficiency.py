@@ -158,9 +158,9 @@ def report_peak(subject: str, threads: int) -> None:
     with pinned(threads):
         work(Subject(**asdict(subject) | {"tokens": 64, "codes": 64}))()
         run = work(subject)
-        before = _reset_peak()
+        before = reset_peak()
         run()
-        print((_peak() - before) / 2**20)
+        print((peak_bytes() - before) / 2**20)
 
 
 def _status(field: str) -> int | None:
@@ -172,7 +172,8 @@ def _status(field: str) -> int | None:
         return None
 
 
-def _peak() -> int:
+def peak_bytes() -> int:
+    """Return the most bytes that this process has had in memory since `reset_peak`."""
     import resource
 
     # The number of `resource` may be that of the process which started this one, where it was larger.
@@ -180,14 +181,14 @@ def _peak() -> int:
     return _status("VmHWM:") or other
 
 
-def _reset_peak() -> int:
+def reset_peak() -> int:
     """Forget the peak so far where the system can; return the bytes to count from."""
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
     except OSError:
-        return _peak()
-    return _status("VmRSS:") or _peak()
+        return peak_bytes()
+    return _status("VmRSS:") or peak_bytes()
 
 
 def comparisons(tokens: int = 4096, codes: int = 8192, dim: int = 32) -> list[tuple[Subject, Subject]]:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from softvq_lib.config import at_least
 from softvq_lib.tokenizers.quantizer import CodebookQuantizer, fp32, in_fp32, kl_term
 
-
 SHARPER = 7  # tau / T of the release: 0.07 / 0.01
 
 
