@@ -128,14 +128,14 @@ def compare_quantizers(rows: list[dict]):
     runs = {row["run"]: row["config"] for row in rows if row["metric"] == "psnr"}
     seen: dict[str, int] = {}
     for run, config in runs.items():
-        style = ("-", "--", ":", "-.")[seen.setdefault(config["quantizer"], 0) % 4]
+        style = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))[seen.setdefault(config["quantizer"], 0) % 5]
         seen[config["quantizer"]] += 1
         curves = {row["metric"]: row["curve"] for row in rows if row["run"] == run and row.get("curve")}
         for axis, metric in zip(axes, ("psnr", "usage", "perplexity"), strict=True):
             if metric in curves:
                 axis.plot(
                     *zip(*curves[metric], strict=True),
-                    style,
+                    linestyle=style,
                     marker="o",
                     markersize=3,
                     color=colour_of(config["quantizer"]),

@@ -37,7 +37,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, temperature: float) -> Tensor:
     """Return softmax(q k^T / temperature) v by fused attention: (n, t, e), (n, k, e), (n, k, d) to (n, t, d)."""
     # Fused kernels want four axes, and q, k and v of one width that is a multiple of 8.
     width = -(-max(q.shape[-1], v.shape[-1]) // 8) * 8
-    padded = [F.pad(x, (0, width - x.shape[-1]))[:, None] for x in (q, k, v)]  # (n, 1, t or k, e)
+    # Padding by nothing would still copy the codebook.
+    padded = [x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v)]
+    padded = [x[:, None] for x in padded]  # (n, 1, t or k, e)
     return F.scaled_dot_product_attention(*padded, scale=1 / temperature)[:, 0, :, : v.shape[-1]]
 
 
