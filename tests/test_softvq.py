@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from softvq_lib.tokenizers import POSTERIORS, CodebookUsage, SoftVQ
+from softvq_lib.tokenizers.attention import assign
 from softvq_lib.tokenizers.quantizer import kl_term
 
 DATA = Path(__file__).parent / "data"
@@ -32,6 +33,21 @@ def test_released_form_equals_reference(case):
     expected = reference["indices"]
     if codebooks == 1:
         assert torch.equal(best, expected.reshape(best.shape))
+
+
+def test_raw_dot_product_of_the_release_equals_reference():
+    """Off the sphere the release's scores are plain dot products: no form of ours, but the same computation."""
+    reference = {k[2:]: v for k, v in load_file(DATA / "quantizers.safetensors").items() if k.startswith("c.")}
+    z_hat, codes = (reference[name].clone().requires_grad_() for name in ("z", "codebook"))
+    tokens = z_hat.flatten(0, 1)[None]  # (1, b l, d)
+    tau = float(reference["tau"])
+    z, kl = assign(tokens, codes.detach(), codes, tau, 0.01, root=False, pooled=True)
+    z = z.view_as(z_hat)  # (b, l, d)
+    torch.testing.assert_close(z, reference["zq"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(0.01 * kl, reference["entropy"], atol=1e-6, rtol=0)
+    ((z * reference["w"]).sum() + 0.01 * kl).backward()
+    torch.testing.assert_close(z_hat.grad, reference["grad_z"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(codes.grad, reference["grad_codebook"], atol=1e-5, rtol=1e-5)
 
 
 def test_paper_form_equals_eq_4_in_float64():
