@@ -8,7 +8,7 @@ import numpy as np
 
 from softvq_lib import config as strictly
 from softvq_lib import results as rows_of
-from softvq_lib.data import DataSplits, open_dataset
+from softvq_lib.data import DataSplits
 from softvq_lib.evaluation import bootstrap_mean, pca_psnr
 from softvq_lib.training import Reconstruction, Run, reconstruct
 from softvq_lib.training.tokenizer import CONFIGS, train
@@ -109,7 +109,7 @@ def train_tokenizer(**values: object) -> TokenizerExperiment:
     _, data_config, _, settings, record = strictly.split(values, *TOKENIZER_EXPERIMENT)
     run = train(**{name: value for name, value in values.items() if name not in strictly.fields_of(RecordConfig)})
     image_size = run.identity["image_size"]
-    data = open_dataset(data_config, image_size)
+    data = run.data  # opening reads every file for the fingerprint: once is enough
     experiment = TokenizerExperiment(
         run=run,
         data=data,

@@ -77,10 +77,11 @@ class Run:
         path: Its directory.
         identity: The resolved configuration that names it.
         trained: Optimiser steps made by this call; 0 when the run was found finished.
+        data: The data set, as `train` opened it; None for a run that is only read.
     """
 
     def __init__(self, path: Path, identity: dict):
-        self.path, self.identity, self.trained = Path(path), identity, 0
+        self.path, self.identity, self.trained, self.data = Path(path), identity, 0, None
 
     @property
     def name(self) -> str:

@@ -44,6 +44,7 @@ def train(**parameters: object) -> Run:
     data = open_dataset(data_config, tokenizer_config.image_size)
     model, tokenizer_config = _build(tokenizer_config, settings.seed)
     run = _open_run(tokenizer_config, data_config, loss_config, settings, data)
+    run.data = data
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     if run.finished:
         run.warn_if_code_changed()
