@@ -12,11 +12,11 @@ import pytest
 from repository import ROOT, cases, named, pyproject
 
 LAYERS = [
-    {"config", "features"},
+    {"config", "features", "distributed", "draws"},
     {"tokenizers", "losses", "generators", "data"},
     {"training"},
     {"evaluation"},
-    {"results", "tables", "figures", "style", "method_maths", "method_figures", "costs", "experiments"},
+    {"results", "tables", "figures", "style", "method_maths", "method_figures", "costs", "experiments", "train"},
 ]
 PACKAGE = "softvq_lib"
 
