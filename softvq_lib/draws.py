@@ -1,5 +1,6 @@
 """Random numbers for some rows of a batch that are the same however the batch is cut into parts."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,19 @@ class Rows:
         return numbers[self.start : self.start + rows]
 
 
-Draws = Generator | Rows | None
+class Seeds:
+    """A random stream of its own for each row, so that a row does not depend on its neighbours or their number.
+
+    Args:
+        seeds: One for each row of the batch.
+        device: Where the numbers are drawn.
+    """
+
+    def __init__(self, seeds: Iterable[int], device: torch.device | str = "cpu"):
+        self.generators = [Generator(device).manual_seed(int(seed)) for seed in seeds]
+
+
+Draws = Generator | Rows | Seeds | None
 
 
 def normal(shape: tuple[int, ...], draws: Draws, like: Tensor) -> Tensor:
@@ -49,6 +62,10 @@ def generator_of(draws: Draws) -> Generator | None:
 
 def _draw(function, shape: tuple[int, ...], draws: Draws, like: Tensor) -> Tensor:
     kind = {"dtype": like.dtype, "device": like.device}
+    if isinstance(draws, Seeds):
+        if shape[0] != len(draws.generators):
+            raise ValueError(f"{len(draws.generators)} seeds for {shape[0]} rows: give one seed a row.")
+        return torch.stack([function(shape[1:], generator=generator, **kind) for generator in draws.generators])
     if isinstance(draws, Rows):
         return draws._cut(function((draws.total, *shape[1:]), generator=draws.generator, **kind), shape[0])
     return function(shape, generator=draws, **kind)
