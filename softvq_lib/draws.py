@@ -56,7 +56,13 @@ def uniform(shape: tuple[int, ...], draws: Draws, like: Tensor) -> Tensor:
 
 
 def generator_of(draws: Draws) -> Generator | None:
-    """Return the generator itself, for numbers that belong to the batch and not to its rows."""
+    """Return the generator itself, for numbers that belong to the batch and not to its rows.
+
+    Raises:
+        ValueError: for `Seeds`, which has numbers for rows alone.
+    """
+    if isinstance(draws, Seeds):
+        raise ValueError("a stream for each row has no numbers for the whole batch: give a generator or Rows.")
     return draws.generator if isinstance(draws, Rows) else draws
 
 

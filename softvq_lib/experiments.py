@@ -9,6 +9,7 @@ import numpy as np
 from softvq_lib import config as strictly
 from softvq_lib import results as rows_of
 from softvq_lib.data import DataSplits
+from softvq_lib.distributed import rank
 from softvq_lib.evaluation import bootstrap_mean, pca_psnr
 from softvq_lib.training import Reconstruction, Run, reconstruct
 from softvq_lib.training.tokenizer import CONFIGS, train
@@ -96,8 +97,10 @@ class TokenizerExperiment:
         return "\n".join(lines)
 
 
-def train_tokenizer(**values: object) -> TokenizerExperiment:
+def train_tokenizer(**values: object) -> TokenizerExperiment | None:
     """Train (or load) a tokenizer, measure it on held-out images beside PCA, and record the rows if asked to.
+
+    Of several processes that train together the first measures and returns the experiment; the others return None.
 
     Args:
         values: Fields of `TokenizerConfig`, `DataConfig`, `LossConfig`, `TrainConfig` and `RecordConfig`.
@@ -108,6 +111,8 @@ def train_tokenizer(**values: object) -> TokenizerExperiment:
     """
     _, data_config, _, settings, record = strictly.split(values, *TOKENIZER_EXPERIMENT)
     run = train(**{name: value for name, value in values.items() if name not in strictly.fields_of(RecordConfig)})
+    if rank():
+        return None
     image_size = run.identity["image_size"]
     data = run.data  # opening reads every file for the fingerprint: once is enough
     experiment = TokenizerExperiment(

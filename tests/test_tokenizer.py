@@ -1,13 +1,16 @@
 """Tokenizer: sizes and shapes of Sec. 3.1, parity with the reference implementation, errors, round trip."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from softvq_lib.tokenizers import PRESETS, QUANTIZERS, Tokenizer, TokenizerConfig
+from softvq_lib.tokenizers.presets import ENCODERS
 from softvq_lib.tokenizers.published import translate
+from softvq_lib.tokenizers.vit import _run
 
 DATA = Path(__file__).parent / "data"
 
@@ -207,11 +210,13 @@ def test_full_size_uses_patch_16_and_the_papers_dim(size, patches):
         assert config.codebook_size == 8192 and config.entropy_temperature == 0.01
 
 
-def test_512_pixels_build_and_run_on_meta():
+@pytest.mark.parametrize("preset", PRESETS)
+def test_512_pixels_build_and_run_on_meta(preset):
     with torch.device("meta"):
-        tokenizer = Tokenizer.from_preset("b", image_size=512, tokens=32)
+        tokenizer = Tokenizer.from_preset(preset, image_size=512, tokens=32)
         images, code = tokenizer(torch.empty(1, 3, 512, 512))
     assert images.shape == (1, 3, 512, 512) and code.z.shape == (1, 32, 64)
+    assert all(tensor.is_meta for tensor in tokenizer.state_dict().values())
 
 
 @pytest.mark.parametrize(
@@ -280,3 +285,161 @@ def test_saved_and_loaded_is_the_same(tmp_path):
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(again(images)[0], tokenizer(images)[0])
+
+
+# One network of each kind that an encoder may be: class token; registers; a norm before the blocks; rotary positions
+# (of all heads, of each head); pooling for a classifier instead of a class token.
+NETWORKS = [
+    "vit_small_patch14_dinov2.lvd142m",
+    "vit_small_patch14_reg4_dinov2.lvd142m",
+    "vit_base_patch16_clip_224.openai",
+    "eva02_base_patch16_clip_224.merged2b",
+    "vit_small_patch16_rope_mixed_224.naver_in1k",
+    "vit_base_patch16_siglip_224.webli",
+]
+ROTARY = NETWORKS[3:5]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Tokenizers whose encoder is a network of a given name in a small size, with random weights of some spread."""
+
+    def build(network, **settings):
+        monkeypatch.setitem(PRESETS, "small", {**PRESETS["tiny"], "encoder": network})
+        torch.manual_seed(0)
+        tokenizer = Tokenizer.from_preset("small", **{"tokens": 3, "codebook_size": 16, **settings})
+        for parameter in tokenizer.encoder.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        return tokenizer
+
+    return build
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_without_latents_the_encoder_is_timms_own_network(small, network):
+    vit, images = small(network).encoder.vit, torch.randn(2, 3, 32, 32)
+    patches = vit.patch_embed(images)
+    assert torch.equal(_run(vit, patches, patches[:, :0]), vit.forward_features(images))
+
+
+@pytest.mark.parametrize("network", ROTARY)
+def test_latents_are_not_rotated(small, network):
+    """timm leaves prefix tokens alone, so latents among the prefix tokens must give what they give at the end."""
+    encoder, images = small(network).encoder, torch.randn(2, 3, 32, 32)
+    vit, latents = encoder.vit, encoder.latent_tokens + encoder.latent_pos_embed
+    x, rope = vit._pos_embed(vit.patch_embed(images))
+    x = torch.cat([x[:, :1], latents.expand(2, -1, -1), x[:, 1:]], dim=1)
+    for i, block in enumerate(vit.blocks):
+        block.attn.num_prefix_tokens = 1 + 3
+        x = block(x, rope=rope[i] if vit.rope_mixed else rope)
+        block.attn.num_prefix_tokens = 1
+    torch.testing.assert_close(encoder(images), vit.norm(x)[:, 1:4])
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_every_parameter_of_every_network_gets_a_gradient(small, network):
+    tokenizer = small(network, quantizer="ae")
+    tokenizer(torch.randn(2, 3, 32, 32))[0].square().mean().backward()
+    # A common shift of all keys changes no attention: that bias has a gradient of 0, which rounding hides.
+    assert [name for name, parameter in tokenizer.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("network", NETWORKS[:4])
+def test_gradient_checkpointing_changes_nothing(small, network):
+    tokenizer, images = small(network), torch.randn(2, 3, 32, 32)
+    calls = []
+    for half in (tokenizer.encoder, tokenizer.decoder):
+        half.vit.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def step():
+        calls.clear()
+        tokenizer.zero_grad()
+        output, code = tokenizer(images)
+        (output.square().mean() + code.losses["kl"]).backward()
+        return output, [parameter.grad for parameter in tokenizer.parameters()], len(calls)
+
+    output, gradients, once = step()
+    tokenizer.set_gradient_checkpointing()
+    again, same, twice = step()
+    assert (once, twice) == (2, 4)
+    assert torch.equal(output, again)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
+    tokenizer.set_gradient_checkpointing(False)
+    assert step()[2] == 2
+
+
+@pytest.mark.parametrize("size", [256, 512])
+@pytest.mark.parametrize(("alias", "width"), [(None, 768), *zip(ENCODERS, (384, 768, 1024, 768, 768), strict=True)])
+def test_every_encoder_builds_and_runs_on_meta_beside_the_presets_decoder(alias, width, size):
+    with torch.device("meta"):
+        tokenizer = Tokenizer.from_preset("b", tokens=64, encoder=alias, image_size=size)
+        images, code = tokenizer(torch.empty(1, 3, size, size))
+    assert (tokenizer.encoder.width, tokenizer.decoder.width) == (width, 768)
+    assert images.shape == (1, 3, size, size) and code.z.shape == (1, 64, 32)
+
+
+def test_a_named_encoder_keeps_its_size_and_two_spellings_are_one_configuration():
+    config = TokenizerConfig(preset="tiny", encoder="dinov2-s", pretrained=True).resolved()
+    assert config.encoder == ENCODERS["dinov2-s"] == TokenizerConfig(encoder=config.encoder).resolved().encoder
+    with torch.device("meta"):
+        tokenizer = Tokenizer.from_preset("tiny", encoder="dinov2-s")
+    assert (tokenizer.encoder.width, len(tokenizer.encoder.vit.blocks)) == (384, 12)
+    assert (tokenizer.decoder.width, len(tokenizer.decoder.vit.blocks)) == (64, 2)
+    for name in ("dinov2-b", ENCODERS["dinov2-b"], None):
+        assert TokenizerConfig(preset="b", encoder=name).resolved().encoder is None
+
+
+def test_a_named_encoder_is_saved_and_loaded(small, tmp_path):
+    tokenizer = Tokenizer.from_preset("tiny", tokens=3, encoder="test_vit.r160_in1k").eval()
+    tokenizer.save_pretrained(tmp_path / "named")
+    rotary = small(ROTARY[0]).eval()  # its rotary positions are in no file
+    rotary.save_pretrained(tmp_path / "rotary")
+    state, images = torch.get_rng_state(), torch.rand(2, 3, 32, 32)
+    for name, original in (("named", tokenizer), ("rotary", rotary)):
+        torch.set_rng_state(state)
+        again = Tokenizer.from_pretrained(tmp_path / name)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert again.config == original.config
+        with torch.no_grad():
+            assert torch.equal(again(images)[0], original(images)[0])
+
+
+def test_pretrained_weights_start_the_encoder_alone(monkeypatch, tmp_path):
+    """A file in place of the hub: kernel and position table are resampled from 160 pixels to 32."""
+    import timm
+
+    torch.manual_seed(0)
+    published = timm.create_model("test_vit").state_dict()
+    save_file(published, tmp_path / "model.safetensors")
+    overlay = {"pretrained_cfg_overlay": {"file": str(tmp_path / "model.safetensors")}}
+    monkeypatch.setattr(timm, "create_model", partial(timm.create_model, **overlay))
+    tokenizer = Tokenizer.from_preset("tiny", tokens=3, encoder="test_vit.r160_in1k", pretrained=True)
+    vit = tokenizer.encoder.vit
+    assert (vit.pos_embed.shape[1], published["pos_embed"].shape[1]) == (1 + 16, 1 + 100)
+    assert torch.equal(vit.pos_embed[:, :1], published["pos_embed"][:, :1])
+    assert vit.patch_embed.proj.weight.shape[-1] == 8
+    assert all(torch.equal(tensor, published[f"blocks.{name}"]) for name, tensor in vit.blocks.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"encoder": "dinov2-x"}, ["encoder='dinov2-x'", "did you mean 'dinov2-", "eva02-b"]),
+        ({"encoder": "vit_base_patch14_dinov3"}, ["did you mean 'vit_base_patch1"]),
+        ({"encoder": "resnet18"}, ["encoder='resnet18'", "no plain vision transformer", "clip-b"]),
+        ({"encoder": "samvit_base_patch16.sa1b"}, ["no plain vision transformer"]),
+        ({"encoder": "vit_base_patch14_dinov2.lvd"}, ["tag", "vit_base_patch14_dinov2.lvd142m"]),
+        ({"encoder": "test_vit4", "pretrained": True}, ["no published weights"]),
+        ({"encoder": 3}, ["encoder=3", "str"]),
+    ],
+)
+def test_a_bad_encoder_is_named_with_the_remedy(settings, words):
+    with pytest.raises(ValueError) as error:
+        Tokenizer.from_preset("tiny", **settings)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_weights_that_cannot_be_had_are_named():
+    with pytest.raises(OSError, match=r"test_vit\.r160_in1k.*pretrained=False"):
+        Tokenizer.from_preset("tiny", encoder="test_vit.r160_in1k", pretrained=True)

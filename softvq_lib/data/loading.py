@@ -37,6 +37,15 @@ class Batch:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __getitem__(self, rows: slice) -> "Batch":
+        """Some of the pictures."""
+        return Batch(self.images[rows], self.labels[rows], self.indices[rows], self.unreadable)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The pictures and labels on a device; their numbers stay where they are."""
+        images = self.images.to(device, non_blocking=True)
+        return Batch(images, self.labels.to(device, non_blocking=True), self.indices, self.unreadable)
+
 
 def training_batches(
     source: Source,
@@ -49,6 +58,7 @@ def training_batches(
     flip: bool = False,
     crop: float = 1.0,
     workers: int | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """Batches of the steps start_step, ..., steps - 1, the same for any number of workers and any start.
 
@@ -66,6 +76,7 @@ def training_batches(
         flip: mirror left-right with probability 1/2.
         crop: largest enlargement before the random crop, at least 1.
         workers: loader processes; None as in `DataConfig`.
+        part: (i, m) gives rows i b / m to (i + 1) b / m of each batch of b, the share of process i of m.
 
     Raises:
         ValueError: an argument is out of range, the source is empty, or no readable picture was found.
@@ -74,9 +85,9 @@ def training_batches(
     at_least("seed", seed, 0)
     at_least("crop", crop, 1)
     at_least("start_step", start_step, 0)
-    keys = TrainingOrder(len(source), batch_size, seed, start_step, steps)
+    keys = TrainingOrder(len(source), batch_size, seed, start_step, steps, part)
     maker = _Maker(source, image_size, seed, crop=crop, flip=flip)
-    return _whole(_loader(maker, keys, worker_count(source, workers)), batch_size)
+    return _whole(_loader(maker, keys, worker_count(source, workers)), batch_size // part[1])
 
 
 def validation_batches(
@@ -125,9 +136,11 @@ def _check_sizes(source: Source, image_size: int, batch_size: int) -> None:
 class TrainingOrder:
     """The keys (epoch, position in the epoch, picture) of each batch from a step on; see `training_batches`."""
 
-    def __init__(self, count: int, batch_size: int, seed: int, start_step: int, steps: int):
+    def __init__(
+        self, count: int, batch_size: int, seed: int, start_step: int, steps: int, part: tuple[int, int] = (0, 1)
+    ):
         self.count, self.batch_size, self.seed = count, batch_size, seed
-        self.start_step, self.steps = start_step, steps
+        self.start_step, self.steps, self.part = start_step, steps, part
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         whole = self.count // self.batch_size * self.batch_size
@@ -142,7 +155,8 @@ class TrainingOrder:
                     order = np.random.default_rng((self.seed, ORDER, epoch)).permutation(self.count).tolist()
                     known = epoch
                 batch.append((epoch, position, order[position]))
-            yield batch
+            number, parts = self.part
+            yield batch[number * self.batch_size // parts : (number + 1) * self.batch_size // parts]
 
 
 class _Maker(Dataset):

@@ -1,8 +1,8 @@
 """AE: no quantization at all, z = z_hat (Sec. 2.1), the bound that every bottleneck is compared with."""
 
-import torch
 from torch import Tensor
 
+from softvq_lib.draws import Draws
 from softvq_lib.tokenizers.quantizer import Quantizer, fp32
 
 
@@ -13,5 +13,5 @@ class AE(Quantizer):
         dim: Latent channels d.
     """
 
-    def forward(self, z_hat: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, z_hat: Tensor, draws: Draws = None) -> tuple[Tensor, dict[str, Tensor]]:
         return fp32(z_hat), {}

@@ -17,6 +17,10 @@ and its gradient
 
 is known for each token alone once a first pass has found m. `assign` gives z and the KL term: it takes a few tokens at
 a time, forward and backward, and the backward pass computes the scores anew.
+
+Where several processes hold N tokens each, m is averaged over the processes and the rest stays. The mean of their L is
+then the L of the whole batch, and the mean of their gradients its gradient: m is all that a token has to know of
+other processes.
 """
 
 import itertools
@@ -25,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from softvq_lib.distributed import mean_across
 from softvq_lib.tokenizers.quantizer import in_fp32
 
 _EPSILON = 1e-6  # keeps the logarithm finite where a code is never used; the release has the same
@@ -77,7 +82,7 @@ def assign(
 
     Returns:
         z: (n, t, d).
-        kl: Scalar, in nats.
+        kl: Scalar, in nats; across processes as in `kl_term`.
     """
     return _Assign.apply(q, k, v, temperature, entropy_temperature, root, pooled)
 
@@ -130,7 +135,7 @@ class _Assign(torch.autograd.Function):
         if entropy_tau is None:
             kl, slope = q.new_zeros(()), None
         else:
-            mean = mass.mean(0, keepdim=True) / t if pooled else mass / t  # (1, k) or (n, k)
+            mean = mean_across(mass.mean(0, keepdim=True) / t if pooled else mass / t)  # (1, k) or (n, k)
             kl = entropy.mean() + (mean * (mean + _EPSILON).log()).sum(-1).mean()
             slope = ((mean + _EPSILON).log() + mean / (mean + _EPSILON)).expand(n, -1)  # (n, k)
         ctx.save_for_backward(q, k, v, z, level, entropy, slope)

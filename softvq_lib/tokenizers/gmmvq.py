@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softvq_lib.config import at_least
+from softvq_lib.draws import Draws
 from softvq_lib.tokenizers.quantizer import CodebookQuantizer, fp32, in_fp32, kl_term
 
 SHARPER = 7  # tau / T of the release: 0.07 / 0.01
@@ -57,7 +58,7 @@ class GMMVQ(CodebookQuantizer):
             log_q = self._log_q(z_hat, self.omega(z_hat) if omega is None else omega)
             return self.unsegment(log_q, len(z_hat))
 
-    def forward(self, z_hat: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, z_hat: Tensor, draws: Draws = None) -> tuple[Tensor, dict[str, Tensor]]:
         with in_fp32(z_hat):
             omega = self.omega(z_hat)
             z = self.unsegment(self._log_q(z_hat, omega).exp() @ fp32(self.codebook), len(z_hat))

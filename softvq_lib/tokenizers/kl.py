@@ -1,8 +1,8 @@
 """KL: a Gaussian posterior on each latent token, held to N(0, 1) (KL-VAE, Sec. 2.1)."""
 
-import torch
 from torch import Tensor
 
+from softvq_lib.draws import Draws, normal
 from softvq_lib.tokenizers.quantizer import Quantizer, fp32, in_fp32
 
 LOG_VARIANCE = (-30.0, 20.0)
@@ -27,16 +27,15 @@ class KL(Quantizer):
         mean, log_variance = fp32(z_hat).chunk(2, dim=-1)
         return mean, log_variance.clamp(*LOG_VARIANCE)
 
-    def sample(self, z_hat: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, z_hat: Tensor, draws: Draws = None) -> Tensor:
         with in_fp32(z_hat):
             mean, log_variance = self.moments(z_hat)
-            noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
-            return mean + (0.5 * log_variance).exp() * noise
+            return mean + (0.5 * log_variance).exp() * normal(mean.shape, draws, mean)
 
-    def forward(self, z_hat: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, z_hat: Tensor, draws: Draws = None) -> tuple[Tensor, dict[str, Tensor]]:
         with in_fp32(z_hat):
             mean, log_variance = self.moments(z_hat)
             if not self.training:
                 return mean, {}
             kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum() / len(z_hat)
-            return self.sample(z_hat, generator), {"kl": kl}
+            return self.sample(z_hat, draws), {"kl": kl}

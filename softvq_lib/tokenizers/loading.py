@@ -203,7 +203,20 @@ def _fill(model: nn.Module, path: Path, config_file: Path, theirs: bool) -> None
         raise ValueError(f"{path} is damaged: {'; '.join(broken)}. Get it again, or train it anew.")
     tensors = {name: tensor.to(wanted[name].dtype) for name, tensor in tensors.items()}
     model.load_state_dict(tensors, assign=True)
+    _fill_unsaved(model)
     assert not any(x.is_meta for x in (*model.parameters(), *model.buffers())), "a tensor that is not saved"
+
+
+def _fill_unsaved(model: nn.Module) -> None:
+    """Give the model what follows from its configuration and is in no file: rotary positions of the encoder."""
+    names = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    if not names:
+        return
+    with torch.random.fork_rng(devices=[]):  # loading leaves the random state as it was
+        twin = type(model)(model.config)
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, twin.get_buffer(name))
 
 
 def _listed(what: str, names: Iterable[str], most: int = 6) -> list[str]:

@@ -45,6 +45,15 @@ PRESETS: dict[str, dict] = {
     "l": {"encoder": _DINOV2.format("large"), "decoder": _DINOV2.format("large"), **_FULL},
 }
 
+# Short names of encoders that `TokenizerConfig.encoder` may name, beside any timm name (Tab. 4).
+ENCODERS = {
+    "dinov2-s": _DINOV2.format("small"),
+    "dinov2-b": _DINOV2.format("base"),
+    "dinov2-l": _DINOV2.format("large"),
+    "clip-b": "vit_base_patch16_clip_224.openai",
+    "eva02-b": "eva02_base_patch16_clip_224.merged2b",
+}
+
 QUANTIZERS = ("ae", "kl", "vq", "softvq", "gmmvq")
 _WITH_CODEBOOK = ("vq", "softvq", "gmmvq")
 
@@ -74,6 +83,8 @@ class TokenizerConfig:
         vq_kmeans: Iterations of k-means on the first batch, where VQ's codewords then start. 0: none.
         image_size: Height and width in pixels.
         patch_size: Side of a patch in pixels. None: the preset's (16 for the paper's), smaller for small images.
+        encoder: Network of the encoder, a short name of `ENCODERS` or a timm name, whole: its own width and depth,
+            also where the preset makes its networks smaller. The decoder stays the preset's. None: the preset's.
         pretrained: Start the encoder from the published weights of its timm name, where the network allows.
     """
 
@@ -93,6 +104,7 @@ class TokenizerConfig:
     vq_kmeans: int = 0
     image_size: int | None = None
     patch_size: int | None = None
+    encoder: str | None = None
     pretrained: bool = False
 
     def __post_init__(self):
@@ -136,8 +148,18 @@ class TokenizerConfig:
         """Number of image patches n."""
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def encoder_network(self) -> tuple[str, dict]:
+        """Timm name of the encoder's network, and what differs from the named architecture."""
+        row = PRESETS[self.preset]
+        if self.encoder is None:
+            return row["encoder"], row["overrides"]
+        return ENCODERS.get(self.encoder, self.encoder), {}
+
     def resolved(self) -> "TokenizerConfig":
-        """Return the configuration with every None filled in.
+        """Return the configuration with every None filled in, but for `encoder`.
+
+        There None stays, and stands also for the preset's own network by its name: two spellings of one tokenizer.
 
         Raises:
             ValueError: when image_size is not divisible by patch_size, tokens not by codebooks, dim not by product, or
@@ -152,9 +174,13 @@ class TokenizerConfig:
                 f"image_size={image_size} is not divisible by patch_size={patch_size}: "
                 f"choose patch_size among {', '.join(map(str, divisors))}, or another image_size."
             )
-        if self.pretrained and row["overrides"]:
+        network, overrides = self.encoder_network
+        if self.pretrained and overrides:
             full = ", ".join(name for name, other in PRESETS.items() if not other["overrides"])
-            raise ValueError(f"preset={self.preset!r} has no pretrained weights of its size: choose among {full}.")
+            raise ValueError(
+                f"preset={self.preset!r} has no pretrained weights of its size: choose among {full}, or name a whole "
+                "encoder, encoder='dinov2-s' for example."
+            )
         codebooks = self.codebooks or (row["codebooks"] if self.has_codebook else 1)
         if self.tokens % codebooks:
             divisors = [n for n in range(1, self.tokens + 1) if self.tokens % n == 0]
@@ -181,6 +207,7 @@ class TokenizerConfig:
             dim=dim,
             temperature=temperature,
             entropy_temperature=entropy_temperature,
+            encoder=None if (network, overrides) == (row["encoder"], row["overrides"]) else network,
         )
         if config.patches > MAX_PATCHES:
             raise ValueError(

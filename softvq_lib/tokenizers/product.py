@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from softvq_lib.draws import Draws
 from softvq_lib.tokenizers.quantizer import Quantizer
 
 
@@ -77,9 +78,9 @@ class Product(Several):
         """Cut (b, l, d) into the groups, (b, l, d / groups) each; `torch.cat` over the last axis undoes it."""
         return x.chunk(len(self.parts), dim=-1)
 
-    def forward(self, z_hat: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, z_hat: Tensor, draws: Draws = None) -> tuple[Tensor, dict[str, Tensor]]:
         latents, losses = zip(
-            *(part(x, generator) for part, x in zip(self.parts, self.split(z_hat), strict=True)), strict=True
+            *(part(x, draws) for part, x in zip(self.parts, self.split(z_hat), strict=True)), strict=True
         )
         return torch.cat(latents, dim=-1), average(list(losses))
 

@@ -6,10 +6,20 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from softvq_lib.config import at_least
+from softvq_lib.distributed import mean_across
+from softvq_lib.draws import Draws
 
 
 class NotFiniteError(ValueError):
-    """An encoder's output that holds NaN or infinity."""
+    """An encoder's output that holds NaN or infinity.
+
+    Attributes:
+        rows: Numbers of the images in the batch that it comes from.
+    """
+
+    def __init__(self, message: str, rows: list[int]):
+        super().__init__(message)
+        self.rows = rows
 
 
 def in_fp32(x: Tensor) -> torch.autocast:
@@ -34,7 +44,8 @@ def refuse_bad_input(z_hat: Tensor, channels: int) -> None:
         shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
         raise NotFiniteError(
             f"z_hat holds NaN or infinity in batch rows {shown} ({len(rows)} of {len(z_hat)}): look at these images "
-            "and at the encoder's weights; in training, try a smaller lr or precision='fp32'."
+            "and at the encoder's weights; in training, try a smaller lr or precision='fp32'.",
+            rows,
         )
 
 
@@ -60,15 +71,15 @@ class Quantizer(nn.Module):
         at_least("dim", dim, 1)
         self.dim, self.hat_dim = dim, hat_dim or dim
 
-    def __call__(self, z_hat: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, z_hat: Tensor, draws: Draws = None) -> tuple[Tensor, dict[str, Tensor]]:
         refuse_bad_input(z_hat, self.hat_dim)
-        return super().__call__(z_hat, generator)
+        return super().__call__(z_hat, draws)
 
-    def forward(self, z_hat: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, z_hat: Tensor, draws: Draws = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Quantize encoder outputs (b, l, hat_dim).
 
         Args:
-            generator: For quantizers that draw at random in training.
+            draws: For quantizers that draw at random in training.
 
         Returns:
             z: (b, l, d), fp32 also inside autocast.
@@ -76,7 +87,7 @@ class Quantizer(nn.Module):
         """
         raise AssertionError("each quantizer has its own forward")
 
-    def sample(self, z_hat: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, z_hat: Tensor, draws: Draws = None) -> Tensor:
         """Draw z from the posterior, (b, l, d).
 
         Raises:
@@ -146,6 +157,9 @@ class CodebookQuantizer(Quantizer):
 def kl_term(log_q: Tensor, *, pooled: bool, floor: float = 1e-6) -> Tensor:
     """L_kl of Eq. 4, E_x H(q(.|x)) - H(E_x q(.|x)) = -I(x; k), in nats, as a scalar.
 
+    Where several processes hold a part of the batch each, the second average is over all of it and the first over this
+    part: the mean of the processes' values, and of their gradients, is that of the whole batch.
+
     Args:
         log_q: Log posterior (n, t, k) of t tokens in each of n codebooks.
         pooled: Average q over all codebooks together, as the release does, instead of per codebook.
@@ -154,4 +168,5 @@ def kl_term(log_q: Tensor, *, pooled: bool, floor: float = 1e-6) -> Tensor:
     q = log_q.exp()
     token_entropy = -(q * log_q).sum(-1).mean()
     mean_q = q.mean(dim=(0, 1)) if pooled else q.mean(dim=1)  # (k,) or (n, k)
+    mean_q = mean_across(mean_q)
     return token_entropy + (mean_q * (mean_q + floor).log()).sum(-1).mean()

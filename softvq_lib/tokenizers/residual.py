@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from softvq_lib.draws import Draws
 from softvq_lib.tokenizers.product import Several, average, joint_posterior
 from softvq_lib.tokenizers.quantizer import Quantizer, fp32, in_fp32
 
@@ -40,19 +41,19 @@ class Residual(Several):
         """Return s of each level, (levels,)."""
         return torch.cat([self.log_scale.new_ones(1), self.log_scale.exp()])
 
-    def _levels(self, z_hat: Tensor, generator: torch.Generator | None = None):
+    def _levels(self, z_hat: Tensor, draws: Draws = None):
         """Yield level by level: its input (b, l, d), its part of z, its losses."""
         rest = F.normalize(fp32(z_hat), dim=-1) if self.sphere else fp32(z_hat)
         for part, scale in zip(self.parts, self.scales(), strict=True):
             point = rest / scale.detach()
-            latent, losses = part(point, generator)
+            latent, losses = part(point, draws)
             share = scale * (latent.detach() if part.straight_through else latent)
             yield point, share, losses
             rest = rest - (share.detach() if part.straight_through else share)
 
-    def forward(self, z_hat: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, z_hat: Tensor, draws: Draws = None) -> tuple[Tensor, dict[str, Tensor]]:
         with in_fp32(z_hat):
-            points, shares, losses = zip(*self._levels(z_hat, generator), strict=True)
+            points, shares, losses = zip(*self._levels(z_hat, draws), strict=True)
             z = sum(shares)
             if self.straight_through:
                 z = z + (points[0] - points[0].detach())  # s_1 = 1: the first point is z_hat itself

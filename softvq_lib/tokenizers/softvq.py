@@ -23,11 +23,11 @@ the sphere, hence its larger tau.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from softvq_lib.config import at_least, one_of
+from softvq_lib.draws import Draws
 from softvq_lib.tokenizers.attention import assign, attend, distance_operands, scores, squared_operands
 from softvq_lib.tokenizers.quantizer import CodebookQuantizer, fp32, in_fp32
 
@@ -124,7 +124,7 @@ class SoftVQ(CodebookQuantizer):
             log_q = F.log_softmax(scores(q, k, root=self.form.root) / self.temperature, dim=-1)  # (n, t, k)
             return self.unsegment(log_q, len(z_hat))
 
-    def forward(self, z_hat: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, z_hat: Tensor, draws: Draws = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Quantize encoder outputs (b, l, d).
 
         Returns:

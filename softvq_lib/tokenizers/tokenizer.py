@@ -5,9 +5,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from softvq_lib.config import strict
+from softvq_lib.draws import Draws
 from softvq_lib.tokenizers import loading
 from softvq_lib.tokenizers.assemble import build_quantizer
 from softvq_lib.tokenizers.card import card
@@ -51,13 +52,13 @@ class Code:
         """
         return self.quantizer.indices(self.z_hat)
 
-    def sample(self, generator: Generator | None = None) -> Tensor:
+    def sample(self, draws: Draws = None) -> Tensor:
         """Draw latents from KL's posterior, (b, l, d).
 
         Raises:
             ValueError: for the other quantizers, whose z is no random draw.
         """
-        return self.quantizer.sample(self.z_hat, generator)
+        return self.quantizer.sample(self.z_hat, draws)
 
 
 class Tokenizer(
@@ -80,9 +81,10 @@ class Tokenizer(
         self.config = config
         # What save_pretrained writes: nothing left to defaults, and no download when it is loaded again.
         self._hub_mixin_config = replace(config, pretrained=False)
-        shape = (config.image_size, config.patch_size, config.tokens, row["overrides"])
-        self.encoder = Encoder(row["encoder"], *shape, pretrained=config.pretrained)
-        self.decoder = Decoder(row["decoder"], *shape)
+        shape = (config.image_size, config.patch_size, config.tokens)
+        network, overrides = config.encoder_network
+        self.encoder = Encoder(network, *shape, overrides, pretrained=config.pretrained)
+        self.decoder = Decoder(row["decoder"], *shape, row["overrides"])
         self.from_latent = nn.Linear(config.dim, self.decoder.width)
         self.to_latent = nn.Linear(self.encoder.width, config.hat_dim)
         # Last, so that one seed gives all quantizers the same trunk to start from.
@@ -97,11 +99,11 @@ class Tokenizer(
         """
         return cls(strict(TokenizerConfig, {"preset": preset, **overrides}))
 
-    def encode(self, images: Tensor, generator: Generator | None = None) -> Code:
+    def encode(self, images: Tensor, draws: Draws = None) -> Code:
         """Map images (b, 3, height, width) in [-1, 1] to a `Code`.
 
         Args:
-            generator: For what quantizers draw in training: KL's noise, VQ's new codewords. None: torch's own.
+            draws: For what quantizers draw in training: KL's noise, VQ's new codewords. None: torch's own.
 
         Raises:
             ValueError: for images of another shape than the configuration's, or an encoder output that is not finite.
@@ -112,7 +114,7 @@ class Tokenizer(
                 f"images of shape {tuple(images.shape)} do not fit this tokenizer: give (batch, 3, {size}, {size})."
             )
         z_hat = self.to_latent(self.encoder(images))  # (b, l, d)
-        z, losses = self.quantizer(z_hat, generator)
+        z, losses = self.quantizer(z_hat, draws)
         return Code(z=z, z_hat=z_hat, quantizer=self.quantizer, losses=losses)
 
     def decode(self, z: Tensor) -> Tensor:
@@ -126,10 +128,18 @@ class Tokenizer(
             raise ValueError(f"latents of shape {tuple(z.shape)} do not fit: give (batch, {shape[0]}, {shape[1]}).")
         return self.decoder(self.from_latent(z))
 
-    def forward(self, images: Tensor, generator: Generator | None = None) -> tuple[Tensor, Code]:
+    def forward(self, images: Tensor, draws: Draws = None) -> tuple[Tensor, Code]:
         """Return the reconstruction of images and their `Code`; see `encode` and `decode`."""
-        code = self.encode(images, generator)
+        code = self.encode(images, draws)
         return self.decode(code.z), code
+
+    def set_gradient_checkpointing(self, enable: bool = True) -> None:
+        """Choose whether a backward pass finds each transformer block's input alone, and computes the rest again.
+
+        Results are the same; training needs less memory, and runs the blocks twice.
+        """
+        for half in (self.encoder, self.decoder):
+            half.vit.set_grad_checkpointing(enable)
 
     # What config.json says beside the configuration: mean and standard deviation of the latents over the data, and
     # the name of the published tokenizer that the weights come from. None where unknown.

@@ -3,23 +3,83 @@
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from softvq_lib.config import nearest
+from softvq_lib.tokenizers.presets import ENCODERS
+
+# Modules of timm whose transformers are one sequence of tokens, to which more can be appended.
+_FAMILIES = ("vision_transformer", "eva", "deit")
+
+
+def _check(name: str, pretrained: bool) -> None:
+    """Raise ValueError unless timm has a vision transformer of this name, and weights for it if they are asked for."""
+    import timm
+    from timm.models import get_pretrained_cfg, is_model_in_modules
+
+    if not is_model_in_modules(name, _FAMILIES):
+        valid = [*ENCODERS, *(other for family in _FAMILIES for other in timm.list_models(module=family))]
+        problem = "is no plain vision transformer." if timm.is_model(name) else f"is not known{nearest(name, valid)}"
+        raise ValueError(
+            f"encoder={name!r} {problem} Allowed: {', '.join(ENCODERS)}, or a timm name of the modules "
+            f"{', '.join(_FAMILIES)}."
+        )
+    try:
+        weights = get_pretrained_cfg(name)
+    except RuntimeError:
+        tagged = timm.list_pretrained(f"{name.split('.')[0]}.*")
+        raise ValueError(
+            f"encoder={name!r} has a tag that timm does not know: choose among {', '.join(tagged) or 'none'}."
+        ) from None
+    if pretrained and not (weights and weights.has_weights):
+        raise ValueError(f"encoder={name!r} has no published weights in timm: choose another, or pretrained=False.")
 
 
 def _vit(name: str, image_size: int, patch_size: int, overrides: dict, pretrained: bool = False) -> nn.Module:
     import timm
 
-    # timm resamples the patch kernel and the position table of pretrained weights to the sizes asked for.
-    return timm.create_model(
-        name, img_size=image_size, patch_size=patch_size, num_classes=0, pretrained=pretrained, **overrides
-    )
+    _check(name, pretrained)
+    size = {"img_size": image_size, "patch_size": patch_size, "dynamic_img_size": False}
+    try:
+        # timm resamples the patch kernel and the position table of pretrained weights to the sizes asked for.
+        vit = timm.create_model(name, num_classes=0, pretrained=pretrained, **size, **overrides)
+    except OSError as error:
+        if not pretrained:
+            raise
+        reason = (str(error).strip(". \n").splitlines() or [type(error).__name__])[0]
+        raise OSError(
+            f"the published weights of encoder={name!r} cannot be had ({reason}). Check the network (HF_HUB_OFFLINE "
+            "must not be set), put them in the Hugging Face cache, or start from random weights: pretrained=False."
+        ) from error
+    vit.attn_pool = None  # it pools for a classifier; parameters without a gradient would stop distributed training
+    return vit
+
+
+def _rotations(vit: nn.Module, rope: Tensor | None, latents: int) -> list[dict]:
+    """Return what each block is told of rotary positions: those of the image patches, none for latent tokens."""
+    if rope is None:
+        return [{}] * len(vit.blocks)
+    sin, cos = rope.chunk(2, dim=-1)  # (..., n, c / h): of all heads, or of each
+    still = torch.cat([torch.zeros_like(sin[..., :1, :]), torch.ones_like(cos[..., :1, :])], dim=-1)
+    rope = torch.cat([rope, still.expand(*rope.shape[:-2], latents, -1)], dim=-2)  # (..., n + l, 2 c / h)
+    return [{"rope": block} for block in (rope if vit.rope_mixed else [rope] * len(vit.blocks))]
 
 
 def _run(vit: nn.Module, patches: Tensor, latents: Tensor) -> Tensor:
-    """Run a timm vision transformer on [cls; patches + 2-D positions; latents], (b, n, c) and (b, l, c)."""
-    cls = vit.cls_token.expand(len(patches), -1, -1)
-    x = torch.cat([cls, patches], dim=1) + vit.pos_embed  # (b, 1 + n, c)
-    x = torch.cat([x, latents], dim=1)  # (b, 1 + n + l, c)
-    return vit.norm(vit.blocks(vit.norm_pre(x)))
+    """Run a timm vision transformer on [prefix; patches + 2-D positions; latents], (b, n, c) and (b, l, c).
+
+    The prefix is the class token and, in some networks, registers.
+    """
+    embedded = vit._pos_embed(patches)  # (b, prefix + n, c), in the Eva family with the rotary positions of n patches
+    x, rope = embedded if isinstance(embedded, tuple) else (embedded, None)
+    x = vit.norm_pre(torch.cat([x, latents], dim=1))  # (b, prefix + n + l, c)
+    for block, rotations in zip(vit.blocks, _rotations(vit, rope, latents.shape[1]), strict=True):
+        if vit.grad_checkpointing:
+            # No dropout anywhere, so the second pass needs no random state.
+            x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, **rotations)
+        else:
+            x = block(x, **rotations)
+    return vit.fc_norm(vit.norm(x))  # which of the two is there depends on the network
 
 
 def _positions(tokens: int, width: int) -> nn.Parameter:
@@ -60,7 +120,8 @@ class Decoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         n = self.side**2
         masks = self.mask_token.expand(len(latents), n, -1)  # (b, n, c)
-        x = _run(self.vit, masks, latents + self.latent_pos_embed)[:, 1 : 1 + n]  # (b, n, c)
+        prefix = self.vit.num_prefix_tokens
+        x = _run(self.vit, masks, latents + self.latent_pos_embed)[:, prefix : prefix + n]  # (b, n, c)
         pixels = self.to_pixels(x)
         return rearrange(
             pixels, "b (i j) (p q c) -> b c (i p) (j q)", i=self.side, p=self.patch_size, q=self.patch_size

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softvq_lib.config import at_least
+from softvq_lib.distributed import gather_across, mean_across
+from softvq_lib.draws import Draws, generator_of
 from softvq_lib.tokenizers.quantizer import CodebookQuantizer, fp32, in_fp32, kl_term
 
 _USE_DECAY = 0.99  # of the moving average of codes' use, where the codebook itself is not a moving average
@@ -19,10 +21,13 @@ class VQ(CodebookQuantizer):
     encoder and never the codewords.
 
     Plain VQ collapses: few codes win all tokens, and the others get no gradient. Three remedies, all off by default,
-    all kept in the state dict, drawing from the generator alone:
+    all kept in the state dict, drawing from the generator of the batch alone:
         kmeans  codewords start as centres of the first training batch,
         ema     codewords are the moving average of their tokens instead of following "codebook", which is left out,
         revive  a code that is used too little starts again at a random token of the batch.
+    Several processes must have generators in the same state; then all take the tokens of the whole batch, and their
+    codebooks stay equal. Each call counts as a batch: with micro-batches the averages move once for each of them, and
+    codewords start from the first.
 
     Args:
         tokens, dim, codebook_size, codebooks: As in `CodebookQuantizer`.
@@ -81,11 +86,11 @@ class VQ(CodebookQuantizer):
         # A moving average is written in place after this; autograd needs what was there before.
         return c if self.ema is None else c.clone()
 
-    def forward(self, z_hat: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, z_hat: Tensor, draws: Draws = None) -> tuple[Tensor, dict[str, Tensor]]:
         with in_fp32(z_hat):
             z = self._points(z_hat)
             if self.training:
-                self._prepare(z.detach(), generator)
+                self._prepare(z.detach(), draws)
             c = self.codewords()
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.training and bool(self.entropy_temperature)):
                 distances = _squared_distances(z, c)  # (n, t, k)
@@ -115,13 +120,14 @@ class VQ(CodebookQuantizer):
     # -- remedies against collapse -------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _prepare(self, z: Tensor, generator: torch.Generator | None) -> None:
+    def _prepare(self, z: Tensor, draws: Draws) -> None:
         """Start the codewords on the first batch (n, t, d), later restart those that have died."""
         if self.kmeans and not self.started:
-            self._place(*_kmeans(z, self.codewords(), self.kmeans, self.l2, generator))
+            self._place(*_kmeans(z, self.codewords(), self.kmeans, self.l2, generator_of(draws)))
             self.started.fill_(True)
         elif self.revive is not None:
-            drawn = torch.randint(z.shape[1], self.use.shape, generator=generator, device=z.device)  # (n, k)
+            z = _of_all(z)
+            drawn = torch.randint(z.shape[1], self.use.shape, generator=generator_of(draws), device=z.device)  # (n, k)
             self._place(_pick(z, drawn), self.use < self.revive)
 
     def _place(self, points: Tensor, where: Tensor) -> None:
@@ -159,24 +165,30 @@ def _pick(points: Tensor, which: Tensor) -> Tensor:
     return points.gather(1, which[..., None].expand(-1, -1, points.shape[-1]))
 
 
+def _of_all(z: Tensor) -> Tensor:
+    """Put the tokens (n, t, d) of all processes together, (n, processes x t, d), in the order of the whole batch."""
+    return gather_across(z.transpose(0, 1)).transpose(0, 1)
+
+
 def _sums(z: Tensor, best: Tensor, codes: int) -> tuple[Tensor, Tensor]:
-    """Number (n, k) and sum (n, k, d) of the tokens (n, t, d) of each code (n, t)."""
+    """Number (n, k) and sum (n, k, d) of the tokens (n, t, d) of each code (n, t), averaged over processes."""
     # A matrix product, since adding at indices is not deterministic on accelerators.
     chosen = z.new_zeros(*best.shape, codes).scatter_(2, best[..., None], 1)  # (n, t, k)
-    return chosen.sum(1), chosen.mT @ z
+    return mean_across(chosen.sum(1)), mean_across(chosen.mT @ z)
 
 
 def _kmeans(
     z: Tensor, c: Tensor, iterations: int, l2: bool, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """Lloyd's algorithm from random tokens: centres (n, k, d), and which codes took part (n, k)."""
-    tokens, codes = z.shape[1], c.shape[1]
+    everyone, codes = _of_all(z), c.shape[1]
+    tokens = everyone.shape[1]
     part = min(tokens, codes)
     drawn = torch.stack([torch.randperm(tokens, generator=generator, device=z.device)[:part] for _ in z])  # (n, part)
-    centres = _pick(z, drawn)
+    centres = _pick(everyone, drawn)
     for _ in range(iterations):
         count, sums = _sums(z, _squared_distances(z, centres).argmin(-1), part)
-        centres = torch.where(count[..., None] > 0, sums / count.clamp_min(1)[..., None], centres)
+        centres = torch.where(count[..., None] > 0, sums / count[..., None], centres)
         if l2:
             centres = F.normalize(centres, dim=-1)
     points = c.clone()

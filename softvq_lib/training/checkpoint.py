@@ -7,13 +7,16 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as states
 
 from softvq_lib.training.files import write_json, write_whole
 
 log = logging.getLogger(__name__)
 
-KEEP = 2
+# Whole tensors, gathered on the first process where a model is sharded.
+_GATHERED = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
+_WHOLE = states.StateDictOptions(full_state_dict=True)
 
 
 def _sha256(path: Path) -> str:
@@ -21,45 +24,79 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save(folder: Path, step: int, tensors: dict[str, Tensor]) -> Path:
-    """Write the checkpoint of a step, then drop all but the newest `KEEP`.
+def save(folder: Path, step: int, tensors: dict[str, Tensor], keep: int = 2) -> Path:
+    """Write the checkpoint of a step, then drop all but the newest `keep`.
 
     The checksum is written last, so that a checkpoint without one is known to be unfinished.
     """
     folder.mkdir(exist_ok=True)
+    for torn in folder.glob(".*.part"):  # of a process that was killed while it wrote
+        torn.unlink()
     path = folder / f"step-{step:08d}.safetensors"
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     write_whole(path, lambda part: save_file(tensors, part))
     write_json(path.with_suffix(".json"), {"step": step, "sha256": _sha256(path)})
-    for old in sorted(folder.glob("step-*.safetensors"))[:-KEEP]:
+    for old in sorted(folder.glob("step-*.safetensors"))[:-keep]:
         old.with_suffix(".json").unlink(missing_ok=True)
         old.unlink()
     return path
 
 
-def newest(folder: Path) -> tuple[int, dict[str, Tensor]] | None:
-    """Load the checkpoint of the highest step whose checksum is right; report the damaged ones passed over."""
+def newest(folder: Path) -> Path | None:
+    """Find the checkpoint of the highest step whose checksum is right; report the damaged ones passed over."""
     for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
         try:
-            about = json.loads(path.with_suffix(".json").read_text())
-            if about["sha256"] != _sha256(path):
+            if json.loads(path.with_suffix(".json").read_text())["sha256"] != _sha256(path):
                 raise ValueError("its checksum is wrong")
-            return about["step"], load_file(path)
+            return path
         except (OSError, ValueError, KeyError) as error:
             log.warning("checkpoint %s is damaged (%s): the one before it is used.", path.name, error)
     return None
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimiser's state as flat tensors, `<parameter>.<name>`."""
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": value for i, entry in state.items() for name, value in entry.items()}
+def load(path: Path) -> tuple[int, dict[str, Tensor]]:
+    """Read the step and the tensors of a checkpoint that `newest` found."""
+    return int(path.stem.removeprefix("step-")), load_file(path)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Undo `optimizer_tensors` on an optimiser of the same parameters."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        i, name = key.split(".", 1)
-        state.setdefault(int(i), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with `prefix.`, without it."""
+    return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(prefix + ".")}
+
+
+def module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's state as `prefix.<name>`, gathered if it is sharded; empty on all but the first process."""
+    state = states.get_model_state_dict(module, options=_GATHERED)
+    return {f"{prefix}.{name}": value for name, value in state.items()}
+
+
+def load_module(prefix: str, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Undo `module_tensors`, on every process.
+
+    Raises:
+        ValueError: when the tensors are those of another module.
+    """
+    try:
+        states.set_model_state_dict(module, part(tensors, prefix), options=_WHOLE)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"the checkpoint's {prefix} does not fit this configuration: {reason}") from None
+
+
+def optimizer_tensors(prefix: str, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimiser's state as `prefix.<parameter>.<name>`; empty before its first step."""
+    if not optimizer.state:
+        return {}
+    state = states.get_optimizer_state_dict(module, optimizer, options=_GATHERED).get("state", {})
+    return {f"{prefix}.{name}.{key}": value for name, entry in state.items() for key, value in entry.items()}
+
+
+def load_optimizer(prefix: str, module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict) -> None:
+    """Undo `optimizer_tensors`, on every process."""
+    state: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in part(tensors, prefix).items():
+        parameter, key = name.rsplit(".", 1)
+        state.setdefault(parameter, {})[key] = tensor
+    if state:
+        groups = states.get_optimizer_state_dict(module, optimizer, options=_WHOLE)["param_groups"]
+        states.set_optimizer_state_dict(module, optimizer, {"state": state, "param_groups": groups}, options=_WHOLE)

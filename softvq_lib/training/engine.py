@@ -1,4 +1,4 @@
-"""What every trainer needs: device, precision, optimiser groups, learning rate, moving average, logging."""
+"""What every trainer needs: device and processes, precision, optimiser groups, learning rate, logging."""
 
 import logging
 import math
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
+
+from softvq_lib.config import fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -80,35 +81,48 @@ def adamw(model: nn.Module, lr: float, beta2: float, weight_decay: float) -> tor
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), fused=True)
 
 
-def moving_average(model: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average whose decay grows with the first updates, so that the start is soon forgotten."""
+def accelerator(device: str):
+    """Set up the processes that train together, as the launcher arranged them: alone, DDP or FSDP.
 
-    def update(averages, parameters, updates):
-        now = min(decay, (1 + int(updates)) / (10 + int(updates)))
-        torch._foreach_lerp_(averages, parameters, 1 - now)
-
-    return AveragedModel(model, multi_avg_fn=update)
-
-
-def check_finite(step: int, norm: torch.Tensor, terms: dict[str, torch.Tensor], indices: torch.Tensor) -> None:
-    """Stop before a step that would spoil the weights.
-
-    Raises:
-        FloatingPointError: naming the step, the terms and the images.
+    Args:
+        device: As in `choose_device`; among several processes each has the device that the launcher gave it.
     """
-    if torch.isfinite(norm) and all(torch.isfinite(term) for term in terms.values()):
-        return
-    values = ", ".join(f"{name}={term.item():.4g}" for name, term in terms.items())
-    shown = ", ".join(map(str, indices[:8].tolist()))
-    raise FloatingPointError(
-        f"step {step}: loss or gradient is not finite ({values}; gradient norm {norm.item():.4g}; images {shown}, …). "
-        "The weights of the last checkpoint are untouched: try a smaller lr or precision='fp32'."
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    chosen = choose_device(device)
+    # Buffers are equal on all processes without being sent: their updates come from statistics of the whole batch.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    made = Accelerator(cpu=chosen.type == "cpu", mixed_precision="no", kwargs_handlers=[ddp])
+    if made.num_processes == 1:
+        made.state.device = chosen
+    return made
+
+
+def step_generator(device: torch.device, seed: int, step: int, purpose: str) -> torch.Generator:
+    """Return the generator of one step for one purpose.
+
+    Seeded by these three alone: nothing of it needs to be saved for a run that goes on to draw the same numbers.
+    """
+    return torch.Generator(device).manual_seed(int(fingerprint([seed, step, purpose])[:12], 16))
+
+
+def not_finite(step: int, values: dict[str, float], indices: list[int]) -> FloatingPointError:
+    """Return the error that stops a step before it spoils the weights, naming the step, the terms and the images."""
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    shown = ", ".join(map(str, indices[:8])) + (", …" if len(indices) > 8 else "")
+    listed = ", ".join(f"{name}={value:.4g}" for name, value in values.items())
+    return FloatingPointError(
+        f"step {step}: {' and '.join(bad)} not finite ({listed}; images {shown}). The weights of the last checkpoint "
+        "are untouched: try a smaller lr or precision='fp32', and look at these images."
     )
 
 
 @contextmanager
-def log_to(path: Path):
-    """Copy the library's log into a file, and to the console when nobody else shows it."""
+def log_to(path: Path | None):
+    """Copy the library's log into a file, and to the console when nobody else shows it; nowhere without a path."""
+    if path is None:
+        yield
+        return
     library = logging.getLogger("softvq_lib")
     handlers: list[logging.Handler] = [logging.FileHandler(path)]
     if not (library.handlers or logging.getLogger().handlers):

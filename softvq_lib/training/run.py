@@ -1,22 +1,26 @@
 """A run: a directory named by its configuration, holding manifest, metrics, checkpoints and the tokenizer."""
 
+import fcntl
 import json
 import logging
 import os
 import platform
 import re
 import subprocess
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 
 from softvq_lib import ROOT, config
+from softvq_lib.training.config import TrainConfig
 from softvq_lib.training.files import read_lines, write_json
 
 log = logging.getLogger(__name__)
 
-_PACKAGES = ("torch", "torchvision", "timm", "numpy", "datasets")
+_PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "datasets")
+LOCK = ".lock"
 
 
 def runs_folder(runs: str | None) -> Path:
@@ -31,8 +35,9 @@ def runs_folder(runs: str | None) -> Path:
 def code_hash() -> str:
     """Return a sha256 of the library's source that a run's outcome depends on."""
     package = Path(__file__).parents[1]
-    parts = ("tokenizers", "losses", "training", "data")
+    parts = ("tokenizers", "losses", "generators", "training", "data")
     files = sorted(path for part in parts for path in (package / part).rglob("*.py"))
+    files += sorted(package.glob("[df]*.py"))  # distributed, draws, features
     return config.fingerprint({str(path.relative_to(package)): path.read_text() for path in files})
 
 
@@ -98,7 +103,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.manifest.get("status") == "finished"
+        """Whether it has been trained to its end with just this configuration."""
+        return self.manifest.get("status") == "finished" and not self.difference()
 
     @property
     def metrics(self) -> list[dict]:
@@ -108,7 +114,7 @@ class Run:
     @property
     def seconds(self) -> float:
         """Seconds spent in optimiser steps, by the timings of the run; interruptions and measuring left out."""
-        return sum(row["seconds"] for row in read_lines(self.path / "timings.jsonl"))
+        return sum(row.get("seconds", 0) for row in read_lines(self.path / "timings.jsonl"))
 
     @property
     def snapshots(self) -> dict[int, Path]:
@@ -126,29 +132,64 @@ class Run:
         """Write entries into the manifest."""
         write_json(self.path / "manifest.json", {**self.manifest, **entries})
 
-    def claim(self, requested: dict) -> None:
+    def claim(self, requested: dict, change: bool = False) -> None:
         """Make the directory this run's, or check that it already is.
 
+        Args:
+            requested: Parameters as the user gave them.
+            change: Take over a run of another configuration; the difference is logged and written down.
+
         Raises:
-            ValueError: when it holds another configuration; nothing is changed then.
+            ValueError: when it holds another configuration and `change` is not given; nothing is changed then.
         """
         held = self.path / "config.json"
+        ours = {"hash": self.config_hash, "identity": self.identity, "requested": requested}
         if not held.exists():
-            if any(self.path.iterdir()):
+            if any(path.name != LOCK for path in self.path.iterdir()):
                 raise ValueError(f"{self.path} is not empty and holds no run: choose another run name or runs folder.")
-            write_json(held, {"hash": self.config_hash, "identity": self.identity, "requested": requested})
+            write_json(held, ours)
             return
+        difference = self.difference()
+        if not difference:
+            return
+        if not change:
+            raise ValueError(
+                f"{self.path} holds a run of another configuration ({difference}): choose another run name, leave run "
+                "out to have one made, delete that folder, or say change=True to go on with the new settings."
+            )
+        log.warning("run %s goes on with changed settings: %s.", self.name, difference)
+        changed = [*self.manifest.get("changed", []), {"time": now(), "difference": difference}]
+        self.update(changed=changed, status="changed")
+        write_json(held, ours)
+
+    def difference(self) -> str:
+        """Say in which settings the run on the disk differs from this one; empty when in none."""
+        held = self.path / "config.json"
+        if not held.exists():
+            return ""
         try:
             theirs = json.loads(held.read_text())["identity"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{held} cannot be read ({error}): move the folder away, or choose another run.") from None
-        if config.fingerprint(theirs) != self.config_hash:
-            names = sorted(k for k in {*theirs, *self.identity} if theirs.get(k) != self.identity.get(k))
-            difference = "; ".join(f"{k}: {theirs.get(k)!r} there, {self.identity.get(k)!r} asked for" for k in names)
-            raise ValueError(
-                f"{self.path} holds a run of another configuration ({difference}): choose another run name, leave run "
-                "out to have one made, or delete that folder."
-            )
+        names = sorted(k for k in {*theirs, *self.identity} if theirs.get(k) != self.identity.get(k))
+        return "; ".join(f"{k}: {theirs.get(k)!r} there, {self.identity.get(k)!r} asked for" for k in names)
+
+    @contextmanager
+    def locked(self):
+        """Hold the run, so that no other process trains it at the same time.
+
+        Raises:
+            ValueError: when another process holds it.
+        """
+        with open(self.path / LOCK, "w") as file:
+            try:
+                # Let go by the system when the process dies, and not inherited by loader processes that outlive it.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ValueError(
+                    f"{self.path} is being trained by another process: wait for it, or choose another run name."
+                ) from None
+            yield
 
     def warn_if_code_changed(self) -> None:
         """Log a warning when the library has changed since this run began."""
@@ -157,3 +198,15 @@ class Run:
                 "%s was trained with other code of softvq_lib than today's: delete its folder to train it anew.",
                 self.name,
             )
+
+
+def open_run(name: str, identity: dict[str, object], settings: TrainConfig) -> Run:
+    """Return the run of a configuration, named by `name` and a hash of it unless the settings name it.
+
+    Raises:
+        ValueError: when the folder holds a run of another configuration, unless `settings.change`.
+    """
+    run = Run(runs_folder(settings.runs) / (settings.run or f"{name}-{config.fingerprint(identity)[:8]}"), identity)
+    if run.difference() and not settings.change:
+        run.claim({})
+    return run

@@ -1,59 +1,70 @@
-"""Train a tokenizer (Sec. 4.1): the loop on one device, resumable at any checkpoint."""
+"""Train a tokenizer with the whole objective (Eq. 7, Sec. 4.1)."""
 
-import json
 import logging
-import sys
-import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from einops import rearrange
+from torch import Tensor, nn
 
 from softvq_lib import config as strictly
-from softvq_lib.data import DataConfig, DataSplits, UnreadableLog, open_dataset, training_batches
-from softvq_lib.losses import LossConfig, objective
+from softvq_lib.data import Batch, DataConfig, DataSplits, open_dataset, training_batches
+from softvq_lib.losses import LossConfig
+from softvq_lib.losses.adversarial import adaptive_weight, discriminator_objective, ramp
+from softvq_lib.losses.alignment import Alignment
+from softvq_lib.losses.networks import Networks, build_networks
+from softvq_lib.losses.objective import weighted
+from softvq_lib.losses.reconstruction import RECONSTRUCTION
 from softvq_lib.tokenizers import NotFiniteError, Tokenizer, TokenizerConfig
-from softvq_lib.training import checkpoint, engine
+from softvq_lib.tokenizers.tokenizer import Code
+from softvq_lib.training import engine
 from softvq_lib.training.config import TrainConfig
-from softvq_lib.training.files import check_writable, read_lines, write_whole
-from softvq_lib.training.run import Run, now, provenance, runs_folder, slug
+from softvq_lib.training.files import check_writable, write_whole
+from softvq_lib.training.run import Run, open_run, slug
+from softvq_lib.training.trainer import Trainer
 from softvq_lib.training.validation import reconstruct
 
 log = logging.getLogger(__name__)
 
 CONFIGS = (TokenizerConfig, DataConfig, LossConfig, TrainConfig)
 SHOWN = 8  # held-out images in each picture of progress
-_MEASURED_AT = (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # shares of the steps at which the held-out images are measured
 
 
 def train(**parameters: object) -> Run:
     """Train the tokenizer that flat parameters describe, or load it when its run is finished already.
 
     An interrupted run goes on from its newest checkpoint. Parameters are the fields of `TokenizerConfig`,
-    `DataConfig`, `LossConfig` and `TrainConfig`.
+    `DataConfig`, `LossConfig` and `TrainConfig`. Started by `torchrun` or `accelerate launch` on several processes,
+    these share the work.
 
     Raises:
-        ValueError: for a parameter that is unknown or out of range, data that cannot be had, or a folder that cannot
-            be used; before anything is trained, leaving existing files as they were.
+        ValueError: for a parameter that is unknown or out of range, data or weights that cannot be had, or a folder
+            that cannot be used; before anything is trained, leaving existing files as they were.
     """
     tokenizer_config, data_config, loss_config, settings = strictly.split(parameters, *CONFIGS)
     tokenizer_config = tokenizer_config.resolved()
     loss_config = loss_config.resolved(tokenizer_config.quantizer)
-    device = engine.choose_device(settings.device)
+    engine.choose_device(settings.device)
     data = open_dataset(data_config, tokenizer_config.image_size)
-    model, tokenizer_config = _build(tokenizer_config, settings.seed)
-    run = _open_run(tokenizer_config, data_config, loss_config, settings, data)
+    tokenizer, tokenizer_config = _build(tokenizer_config, settings.seed)
+    name = f"{tokenizer_config.preset}-{tokenizer_config.quantizer}-{tokenizer_config.tokens}x{tokenizer_config.dim}"
+    run = open_run(
+        f"{slug(data.name)}-{name}", _identity(tokenizer_config, data_config, loss_config, settings, data), settings
+    )
     run.data = data
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     if run.finished:
         run.warn_if_code_changed()
         log.info("run %s is finished: it is loaded, not trained again.", run.name)
         return run
-    check_writable(run.path, needed=4 * (checkpoint.KEEP + 2) * weights)
-    run.claim(parameters)
-    with engine.log_to(run.path / "log.txt"):
-        _Trainer(run, model, data, data_config, loss_config, settings, device).fit()
+    networks = build_networks(loss_config, tokenizer_config, settings.seed)
+    trainer = TokenizerTrainer(run, tokenizer, networks, data, data_config, loss_config, settings)
+    if trainer.main:
+        check_writable(run.path, needed=trainer.checkpoint_bytes * (settings.keep + 1))
+        run.claim(parameters, settings.change)
+    with engine.log_to(run.path / "log.txt" if trainer.main else None):
+        trainer.fit()
     return run
 
 
@@ -73,99 +84,196 @@ def _build(config: TokenizerConfig, seed: int) -> tuple[Tokenizer, TokenizerConf
         return Tokenizer(config), config
 
 
-def _open_run(
+def _identity(
     tokenizer: TokenizerConfig, data_config: DataConfig, loss: LossConfig, settings: TrainConfig, data: DataSplits
-) -> Run:
-    training = {k: v for k, v in asdict(settings).items() if k not in TrainConfig.NOT_IDENTITY}
+) -> dict[str, object]:
+    """Return all that the outcome depends on. A setting that is off is left out, as if it did not exist."""
+    model = {k: v for k, v in asdict(tokenizer).items() if not (k == "encoder" and v is None)}
     seen = {"data": data.fingerprint, "flip": data_config.flip, "crop": data_config.crop}
-    identity = {**asdict(tokenizer), **seen, **asdict(loss), **training}
-    name = settings.run or "-".join(
-        [
-            slug(data.name),
-            tokenizer.preset,
-            tokenizer.quantizer,
-            f"{tokenizer.tokens}x{tokenizer.dim}",
-            strictly.fingerprint(identity)[:8],
-        ]
-    )
-    run = Run(runs_folder(settings.runs) / name, identity)
-    if (run.path / "config.json").exists():
-        run.claim({})
-    return run
+    return {**model, **seen, **loss.identity(), **settings.identity()}
 
 
-class _Trainer:
-    """State of one call of `train`."""
+class _Trained(nn.Module):
+    """What one optimiser trains: the tokenizer and, where latents are aligned, the projector."""
+
+    def __init__(self, tokenizer: Tokenizer, alignment: Alignment | None):
+        super().__init__()
+        self.tokenizer, self.alignment = tokenizer, alignment
+
+    def forward(self, images: Tensor, draws, teacher: Tensor | None) -> tuple[Tensor, Code, Tensor | None]:
+        reconstructions, code = self.tokenizer(images, draws)
+        return reconstructions, code, None if teacher is None else self.alignment(code.z, teacher)
+
+
+class TokenizerTrainer(Trainer):
+    """Eq. 7 on the engine.
+
+    The pixel losses (reconstruction, perceptual, adversarial) are differentiated down to the reconstruction alone;
+    their weighted sum, with the losses of the latents, then goes back through decoder and encoder once. So the
+    adaptive weight costs no second pass, and the discriminator sees the reconstruction that is there already.
+
+    Before `adversarial_start` the discriminator rests, and LeCAM's averages with it. (The release computes it from the
+    first step on, to move these averages, but does not train it.)
+    """
 
     def __init__(
         self,
         run: Run,
-        model: Tokenizer,
+        tokenizer: Tokenizer,
+        networks: Networks,
         data: DataSplits,
         data_config: DataConfig,
         loss_config: LossConfig,
         settings: TrainConfig,
-        device: torch.device,
     ):
-        self.run, self.data, self.data_config, self.loss_config = run, data, data_config, loss_config
-        self.settings, self.device = settings, device
-        self.model = model.to(device)
-        self.average = engine.moving_average(self.model, settings.ema)
-        self.optimizer = engine.adamw(self.model, settings.lr, settings.beta2, settings.weight_decay)
-        self.dtype = engine.choose_precision(settings.precision, device)
-        self.step = 0
-        self.every = settings.checkpoint_every or max(1, min(1000, settings.steps // 10))
-        self.measured_at = {round(share * settings.steps) for share in _MEASURED_AT}
-        self.unreadable = UnreadableLog(len(data.train))
+        tokenizer.set_gradient_checkpointing(settings.gradient_checkpointing)
+        super().__init__(run, _Trained(tokenizer, networks.alignment), data, settings)
+        config = tokenizer.config
+        if self.sharded and (config.vq_ema is not None or config.vq_revive is not None or config.vq_kmeans):
+            raise ValueError(
+                "vq_ema, vq_revive and vq_kmeans write into the codebook, which FSDP shards: leave them out, or train "
+                "with DDP."
+            )
+        self.data_config, self.loss_config = data_config, loss_config
+        self.networks = networks.to(self.device)
+        if networks.discriminator is not None:
+            self.add("discriminator", networks.discriminator, loss_config.discriminator_lr or settings.lr)
+            self.add("lecam", networks.lecam)
+        unchanging = not data_config.flip and data_config.crop == 1
+        self.seen = _Teacher(networks, len(data.train) if unchanging else 0)
+        self.last_input: Tensor | None = None
+        if loss_config.adversarial_adaptive:
+            self.bare.tokenizer.decoder.to_pixels.register_forward_pre_hook(self._hold)
+        if settings.compile:
+            for net in (tokenizer.encoder, tokenizer.decoder, *filter(None, (networks.perceptual, networks.teacher))):
+                net.compile()
 
-    # -- state ---------------------------------------------------------------------------------------------------
+    @property
+    def checkpoint_bytes(self) -> int:
+        """About how large a checkpoint is: weights, their average and two moments of each."""
+        modules = (self.bare, *self.parts.values())
+        return 4 * sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
 
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        tensors |= {f"ema.{name}": value for name, value in self.average.state_dict().items()}
-        return tensors | {
-            f"optimizer.{name}": value for name, value in checkpoint.optimizer_tensors(self.optimizer).items()
-        }
+    def _hold(self, module: nn.Module, inputs: tuple[Tensor]) -> None:
+        self.last_input = inputs[0].detach()
 
-    def _save(self) -> None:
-        checkpoint.save(self.run.path / "checkpoints", self.step, self._tensors())
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        return training_batches(
+            self.data.train,
+            image_size=self.bare.tokenizer.config.image_size,
+            batch_size=self.settings.batch_size,
+            seed=self.settings.seed,
+            start_step=start_step,
+            steps=self.settings.steps,
+            flip=self.data_config.flip,
+            crop=self.data_config.crop,
+            workers=self.data_config.workers,
+            part=(self.rank, self.processes),
+        )
 
-    def _restore(self) -> None:
-        found = checkpoint.newest(self.run.path / "checkpoints")
-        if found:
-            self.step, tensors = found
+    def _autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-            def part(prefix: str) -> dict[str, Tensor]:
-                return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+    def backward(self, part: Batch, first: int, share: float) -> dict[str, Tensor]:
+        config, networks, images = self.loss_config, self.networks, part.images
+        with self._autocast():
+            teacher = self.seen(part)
+            try:
+                reconstructions, code, aligned = self.model(images, self.draws("tokenizer", first), teacher)
+            except NotFiniteError as error:
+                named = ", ".join(str(part.indices[row].item()) for row in error.rows[:8])
+                raise FloatingPointError(f"step {self.step}: {error} (images {named})") from None
+        pixels = reconstructions.detach().float().requires_grad_()
+        each = {"reconstruction": RECONSTRUCTION[config.reconstruction](images, pixels)}  # of each image, (b,)
+        weights = {"reconstruction": 1.0}
+        if networks.perceptual is not None:
+            with self._autocast():
+                each["perceptual"] = networks.perceptual(images, pixels)
+            weights["perceptual"] = config.perceptual_weight * ramp(self.step, 0, config.perceptual_warmup)
+        self._check(each, part)
+        loss = sum(weights[name] * value.mean() for name, value in each.items())
+        (gradient,) = torch.autograd.grad(loss, pixels)
+        terms = {name: value.mean() for name, value in each.items()}
+        loss = loss.detach()
+        if networks.discriminator is not None and self.step >= config.adversarial_start:
+            rise = ramp(self.step, config.adversarial_start, config.adversarial_warmup)
+            with self._autocast():
+                terms["adversarial"] = networks.generator_loss(config, pixels, self.draws("generator", first))
+            (against,) = torch.autograd.grad(terms["adversarial"], pixels)
+            weight = config.adversarial_weight * rise
+            if config.adversarial_adaptive:
+                weight = weight * self._adaptive_weight(gradient, against)
+                terms["adversarial_weight"] = torch.as_tensor(weight)
+            gradient = gradient + weight * against
+            loss = loss + weight * terms["adversarial"].detach()
+            with self._autocast():
+                judged, seen = discriminator_objective(
+                    networks.discriminator,
+                    networks.lecam,
+                    images,
+                    pixels,
+                    self.draws("discriminator", first),
+                    disc_weight=config.adversarial_weight * rise,
+                    lecam_weight=config.lecam_weight,
+                    consistency_weight=config.consistency_weight,
+                    augment=config.diffaug,
+                )
+            (share * judged).backward()
+            terms |= seen
+        latent = weighted(config, code.losses)
+        terms |= code.losses
+        if aligned is not None:
+            self._check({"alignment": aligned}, part)
+            terms["alignment"] = aligned.mean()
+            latent = latent + config.alignment_weight * terms["alignment"]
+        roots, gradients = [reconstructions], [(share * gradient).to(reconstructions.dtype)]
+        if isinstance(latent, Tensor):
+            loss = loss + latent.detach()
+            roots, gradients = [*roots, share * latent], [*gradients, None]
+        torch.autograd.backward(roots, gradients)
+        return {"loss": loss, **terms}
 
-            self.model.load_state_dict(part("model."))
-            self.average.load_state_dict(part("ema."))
-            checkpoint.load_optimizer(self.optimizer, part("optimizer."))
-            log.info("run %s goes on from step %d of %d.", self.run.name, self.step, self.settings.steps)
-        for name in ("metrics.jsonl", "timings.jsonl"):  # rows after the checkpoint will be written again
-            path = self.run.path / name
-            kept = [json.dumps(row) + "\n" for row in read_lines(path) if row["step"] <= self.step]
-            write_whole(path, lambda part, kept=kept: part.write_text("".join(kept if found else [])))
+    def after_step(self, terms: dict[str, Tensor]) -> None:
+        if "logits_real" in terms:
+            self.networks.lecam.update(terms["logits_real"], terms["logits_fake"])
+            self.networks.discriminator.advance()
 
-    def _append(self, name: str, row: dict) -> None:
-        with open(self.run.path / name, "a") as file:
-            file.write(json.dumps({"step": self.step, **row}) + "\n")
+    def _check(self, each: dict[str, Tensor], part: Batch) -> None:
+        """Stop at losses (b,) that are not finite, naming the images that they come from."""
+        if math_is_fine(each):
+            return
+        bad = torch.stack([~torch.isfinite(value) for value in each.values()]).any(0).cpu()
+        values = {name: float(value.mean()) for name, value in each.items()}
+        raise engine.not_finite(self.step, values, part.indices[bad].tolist())
 
-    # -- measuring -----------------------------------------------------------------------------------------------
+    def _adaptive_weight(self, gradient: Tensor, against: Tensor) -> Tensor:
+        """VQGAN's weight from the gradients of both losses at the last layer, given those at the pixels.
 
-    def _measure(self) -> None:
-        """Measure the averaged weights on held-out images and draw some of them."""
+        The layer is linear in its input x: the gradient at its weight is the sum of pixel gradient times x.
+        """
+        p = self.bare.tokenizer.decoder.patch_size
+
+        def at_weight(pixels: Tensor) -> Tensor:
+            patches = rearrange(pixels, "b c (i p) (j q) -> b (i j) (p q c)", p=p, q=p)  # (b, n, 3 p p)
+            return torch.einsum("bno,bni->oi", patches, self.last_input.float())
+
+        return adaptive_weight(at_weight(gradient), at_weight(against))
+
+    def exported(self, model: nn.Module) -> Tokenizer:
+        return model.tokenizer
+
+    def measure(self, model: Tokenizer) -> dict[str, float]:
+        """Measure on held-out images and draw some of them."""
         measured = reconstruct(
-            self.average.module if self.step else self.model,
+            model,
             self.data.validation,
             limit=min(256, self.settings.val_images),
-            batch_size=min(64, self.settings.batch_size),
+            batch_size=min(64, self.rows),
             shown=SHOWN,
             dtype=self.dtype,
         )
         row = {"val_psnr": float(measured.psnr.mean())}
         row |= {f"val_{name}": value for name, value in measured.usage.items()}
-        self._append("metrics.jsonl", row)
         folder = self.run.path / "images"
         folder.mkdir(exist_ok=True)
         _picture(folder / "originals.png", measured.images)
@@ -174,107 +282,45 @@ class _Trainer:
         if measured.usage:
             codes = f", codebook usage {100 * row['val_usage']:.0f} %, perplexity {row['val_perplexity']:.0f}"
         log.info("step %d of %d: held-out PSNR %.2f dB%s", self.step, self.settings.steps, row["val_psnr"], codes)
+        return row
 
-    # -- the loop ------------------------------------------------------------------------------------------------
+    def export(self, model: Tokenizer) -> None:
+        model.eval().save_pretrained(self.run.path / "tokenizer")
 
-    def fit(self) -> None:
-        """Run all steps that are left, then export the averaged tokenizer."""
-        from tqdm import tqdm
 
-        settings, run = self.settings, self.run
-        began = now()
-        self._restore()
-        first = self.step
-        run.update(
-            status="running",
-            started=run.manifest.get("started", began),
-            resumed_at=[*run.manifest.get("resumed_at", []), *([first] if first else [])],
-            data={"name": self.data.name, "fingerprint": self.data.fingerprint},
-            device=str(self.device),
-            device_name=engine.device_name(self.device),
-            precision=str(self.dtype).removeprefix("torch."),
-            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
-            **provenance(),
-        )
-        log.info("%s; tokenizer of %.2f M parameters", self.data.describe(), run.manifest["parameters"] / 1e6)
-        log.info("training on %s in %s", run.manifest["device_name"], run.manifest["precision"])
-        if self.step == 0:
-            self._measure()
-        batches = training_batches(
-            self.data.train,
-            image_size=self.model.config.image_size,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            start_step=self.step,
-            steps=settings.steps,
-            flip=self.data_config.flip,
-            crop=self.data_config.crop,
-            workers=self.data_config.workers,
-        )
-        terminal = sys.stderr.isatty()
-        bar = tqdm(
-            batches,
-            total=settings.steps,
-            initial=first,
-            unit="step",
-            desc=run.name,
-            mininterval=0.5 if terminal else 10,
-        )
-        sums: dict[str, Tensor] = {}
-        clock = time.perf_counter()
-        for batch in bar:
-            self.unreadable.add(batch.unreadable)
-            terms = self._update(batch.images.to(self.device, non_blocking=True), batch.indices)
-            self.step += 1
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0) + value
-            if self.step % settings.log_every == 0 or self.step == settings.steps:
-                count = (self.step - 1) % settings.log_every + 1
-                means = {name: value.item() / count for name, value in sums.items()}
-                self._append("metrics.jsonl", {**means, "lr": self.optimizer.param_groups[0]["lr"]})
-                seconds = time.perf_counter() - clock
-                rate = count * settings.batch_size / seconds
-                self._append("timings.jsonl", {"seconds": seconds, "images_per_second": rate, "time": now()})
-                bar.set_postfix_str(f"loss {means['loss']:.4f}, {rate:.0f} images/s", refresh=False)
-                sums = {}
-                clock = time.perf_counter()
-            pause = time.perf_counter()
-            if self.step in self.measured_at:
-                self._measure()
-            if self.step % self.every == 0 and self.step < settings.steps:
-                self._save()
-            clock += time.perf_counter() - pause  # the rate is that of training alone
-        self._save()
-        tokenizer = self.average.module.eval()
-        tokenizer.save_pretrained(run.path / "tokenizer")
-        run.trained = settings.steps - first
-        run.update(status="finished", ended=now())
-        log.info("finished %d steps: %s", settings.steps, run.path)
+def math_is_fine(each: dict[str, Tensor]) -> bool:
+    """Tell whether all numbers are finite, asking the device once."""
+    return bool(torch.isfinite(torch.stack([value.detach().float().sum() for value in each.values()])).all())
 
-    def _update(self, images: Tensor, indices: Tensor) -> dict[str, Tensor]:
-        """Make one optimiser step; return detached terms."""
-        settings = self.settings
-        self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = engine.learning_rate(self.step, settings.steps, settings.lr, settings.warmup, settings.min_lr)
-        # Seeded by the step: nothing of it needs to be saved for a run that goes on to draw the same numbers.
-        generator = torch.Generator(self.device)
-        generator.manual_seed(int(strictly.fingerprint([settings.seed, self.step])[:8], 16))
-        try:
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                reconstructions, code = self.model(images, generator)
-        except NotFiniteError as error:
-            shown = ", ".join(map(str, indices[:8].tolist()))
-            raise FloatingPointError(f"step {self.step}: {error} (images {shown}, …)") from None
-        loss, terms = objective(self.loss_config, images, reconstructions, code.losses)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
-        terms = {"loss": loss.detach(), **{name: term.detach() for name, term in terms.items()}}
-        engine.check_finite(self.step, norm, terms, indices)
-        self.optimizer.step()
-        self.average.update_parameters(self.model)
-        return {**terms, "gradient_norm": norm}
+
+class _Teacher:
+    """The teacher's tokens of a batch; computed once an image where images come unchanged every time.
+
+    They are kept as they were computed, in batches of one size, so that a run that goes on after an interruption
+    computes the very same again.
+    """
+
+    MOST = 2**31  # bytes
+
+    def __init__(self, networks: Networks, unchanging: int):
+        self.networks, self.images, self.kept = networks, unchanging, None
+        self.known = torch.zeros(unchanging, dtype=torch.bool)
+
+    def __call__(self, part: Batch) -> Tensor | None:
+        if self.networks.teacher is None:
+            return None
+        if self.images and bool(self.known[part.indices].all()):
+            return self.kept[part.indices].to(part.images.device)
+        tokens = self.networks.teacher_tokens(part.images)  # (b, n, c)
+        if self.images and self.kept is None:
+            if self.images * tokens[0].numel() * tokens.element_size() > self.MOST:
+                self.images = 0
+            else:
+                self.kept = torch.empty(self.images, *tokens.shape[1:], dtype=tokens.dtype)
+        if self.images:
+            self.kept[part.indices] = tokens.cpu()
+            self.known[part.indices] = True
+        return tokens
 
 
 def _picture(path: Path, images: Tensor) -> None:
