@@ -130,6 +130,13 @@ def train_tokenizer(**values: object) -> TokenizerExperiment | None:
 _SHOWABLE = ("digits", "shapes")
 
 
+def _thinned(curve: list[list[float]], most: int = 100) -> list[list[float]]:
+    """Average neighbours of a curve of [step, value] pairs until at most so many are left."""
+    points = np.array(curve)
+    parts = np.array_split(points, min(most, len(points)))
+    return [[int(part[-1, 0]), float(f"{part[:, 1].mean():.5g}")] for part in parts]
+
+
 def _record(experiment: TokenizerExperiment, folder: Path, originals: bool) -> None:
     run = experiment.run
     manifest = run.manifest
@@ -172,4 +179,5 @@ def _record(experiment: TokenizerExperiment, folder: Path, originals: bool) -> N
         if curve:
             row["curve"] = curve
     rows[0]["train_seconds"] = run.seconds
+    rows[0]["terms"] = {name: _thinned(curve) for name, curve in run.curves().items()}
     rows_of.append(folder / "train_tokenizer.jsonl", rows)

@@ -89,6 +89,50 @@ def curves(metrics: list[dict], quantizer: str = "softvq"):
     return figure
 
 
+# The terms of Eq. 7 and of the discriminator in the order in which they are drawn, and their names in figures.
+TERMS = {
+    "loss": "weighted sum",
+    "reconstruction": "reconstruction",
+    "perceptual": "perceptual",
+    "adversarial": "adversarial",
+    "alignment": "alignment",
+    "kl": "KL",
+    "codebook": "codebook",
+    "commit": "commitment",
+    "adversarial_weight": "adaptive weight",
+    "discriminator": "discriminator, hinge",
+    "consistency": "consistency",
+    "lecam": "LeCAM",
+    "logits_real": "logits, real",
+    "logits_fake": "logits, decoded",
+    "gradient_norm": "gradient norm",
+    "discriminator_gradient_norm": "gradient norm, discriminator",
+}
+
+
+def terms(curves: dict[str, list], start: int | None = None):
+    """Draw each unweighted term of the objective (Eq. 7) against the step, a panel each.
+
+    Args:
+        curves: [step, value] pairs by term, as `Run.curves` and the results rows have them.
+        start: Step at which the adversarial term sets in, marked in every panel.
+    """
+    names = [*(name for name in TERMS if name in curves), *sorted(set(curves) - set(TERMS))]
+    columns = min(4, len(names))
+    lines = -(-len(names) // columns)
+    figure, axes = new_figure(lines, columns, 1.45 * lines + 0.3, squeeze=False, sharex=True)
+    for axis, name in zip(axes.flat, names, strict=False):
+        axis.plot(*zip(*curves[name], strict=True), color=OKABE_ITO["blue"], linewidth=1)
+        axis.set_title(TERMS.get(name, name))
+        if start:
+            axis.axvline(start, color=OKABE_ITO["grey"], linestyle="--", linewidth=0.8)
+    for axis in axes.flat[len(names) :]:
+        axis.set_axis_off()
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    return figure
+
+
 def code_usage(measured, quantizer: str = "softvq"):
     """Draw the average posterior over the codes, most used first, against an even use of all.
 

@@ -33,7 +33,7 @@ REQUIRED = {
     "python": str,
     "date": str,
 }
-OPTIONAL = {"curve": list, "pictures": dict, "train_seconds": float}
+OPTIONAL = {"curve": list, "terms": dict, "pictures": dict, "train_seconds": float}
 SOURCES = ("paper", "derived", "measured")
 
 

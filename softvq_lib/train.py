@@ -1,6 +1,6 @@
 """Train from a parameter file without a notebook: `python -m softvq_lib.train`, also under a distributed launcher.
 
-The function that is called is the very one that the notebook of that experiment calls, so either finds the other's runs:
+It calls the very function that the notebook of that experiment calls, so either finds the other's runs:
 
     torchrun --nproc-per-node 8 -m softvq_lib.train params/paper/train_tokenizer/softvq_l_64.yaml
     accelerate launch -m softvq_lib.train params/paper/train_tokenizer/softvq_l_64.yaml -p seed 1

@@ -220,23 +220,23 @@ def test_half_precision_weights_sample_in_fp32(model):
 def test_a_trained_model_generates_its_classes():
     """Two classes at +1 and -1 in every channel, deviation 0.1."""
     torch.manual_seed(0)
-    model = small(tokens=2, dim=2, classes=2, depth=1, width=32, schedule="cosine")
+    model = small(tokens=2, dim=2, classes=2, depth=1, width=32)
     model.backbone._initialise()
     optimizer = torch.optim.Adam(model.train().parameters(), lr=5e-3)
     draws = generator()
-    for _ in range(300):
+    for _ in range(250):
         labels = torch.randint(2, (64,), generator=draws)
         x = (1.0 - 2 * labels)[:, None, None] + 0.1 * torch.randn(64, 2, 2, generator=draws)
         loss, terms = model(x, labels, draws)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert terms["mse"] < 0.2
+    assert terms["mse"] < 0.1
     labels = torch.arange(2).repeat(50)
     for options in ({"solver": "ddpm", "steps": 50}, {"solver": "ddim", "steps": 25}, {"solver": "dpm++", "steps": 15}):
         x = model.eval().sample(labels, draws=draws, **options)
-        means = torch.stack([x[labels == c].mean((0, 1)) for c in (0, 1)])
-        assert (means - torch.tensor([[1.0, 1.0], [-1.0, -1.0]])).abs().max() < 0.15
+        middle = torch.stack([x[labels == c].flatten(0, 1).median(0).values for c in (0, 1)])  # (class, d)
+        assert (middle - torch.tensor([[1.0, 1.0], [-1.0, -1.0]])).abs().max() < 0.2
         assert ((x.mean((1, 2)) > 0) == (labels == 0)).float().mean() > 0.95
 
 

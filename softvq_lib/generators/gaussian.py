@@ -12,10 +12,10 @@ noise. So it is left out, unless `pixel_likelihood` asks for the published numbe
 Samplers: ancestral (`ddpm`), DDIM (`ddim`, Song et al. 2021) and second-order multistep DPM-Solver++ (`dpm++`, Lu et
 al. 2022). n steps cost n evaluations. Public noise level: t / (T - 1), 0 for data and 1 for noise.
 
-At its last timesteps `cosine` leaves next to nothing of the data: x_999 is divided by 5e-5 to tell x_0. An error of 0.06
-in eps there becomes samples a thousand times too large with 100 steps, of every solver, while those that begin at 995
-have the right variance. So samplers begin at the last timestep with half log signal-to-noise of -5.1 at least, which is
-999 for `linear` and 995 for `cosine`; `full_range` is the published way, for networks trained long enough.
+At its last timesteps `cosine` leaves next to nothing of the data: x_999 is divided by 5e-5 to tell x_0. A small network
+with an error of 0.06 in eps there drew ancestral samples a thousand times too large in 100 steps; begun at 995 they had
+the right variance. So samplers begin at the last timestep with half log signal-to-noise of -5.1 at least, which is 999
+for `linear` and 995 for `cosine`; `full_range` is the published way, for networks trained long enough.
 """
 
 import math
@@ -220,18 +220,19 @@ class GaussianDiffusion:
             ValueError: for an unknown solver, or steps that `respace` refuses.
         """
         one_of("solver", solver, SOLVERS)
-        strided = str(steps).startswith("ddim")
-        if strided and solver == "dpm++":
-            raise ValueError(f"steps={steps!r} is not for solver='dpm++': give a number.")
+        timesteps, strided = respace(steps, self.steps), str(steps).startswith("ddim")
+        count = len(timesteps)
+        if solver == "dpm++" and (strided or count == self.steps):
+            raise ValueError(f"steps={steps!r} is not for solver='dpm++': give a number from 1 to {self.steps - 1}.")
         if strided:
-            return self.schedule.at(respace(steps, self.steps))
+            return self.schedule.at(timesteps)
         a = self.schedule.alpha_bar
         told = self.steps if self.full_range else int(((a / (1 - a)).log() / 2 >= _LEAST_SIGNAL).sum())
         if solver != "dpm++":
-            return self.schedule.at(respace(steps, told))
+            return self.schedule.at(respace(steps, max(told, count)))
         # Evenly from the last to 0, which is where the last step leads.
-        count = len(respace(steps, told - 1))
-        return self.schedule.at([round(i * ((told - 1) / count)) for i in range(1, count + 1)])
+        last = max(told - 1, count)
+        return self.schedule.at([round(i * (last / count)) for i in range(1, count + 1)])
 
     @torch.no_grad()
     def sample(
@@ -254,8 +255,7 @@ class GaussianDiffusion:
             shape: (b, ..., c).
             draws: Source of the first noise and of each step's.
             like: Gives device and dtype, which is fp32 at least.
-            steps: Evaluations of the model: 1 to the number of timesteps with signal (linear 1000, cosine 996; `dpm++`
-                one less), or "ddim50" for the strides of `respace`.
+            steps: Evaluations of the model, 1 to T (`dpm++`: to T - 1), or "ddim50" for `respace`'s strides.
             solver: One of `SOLVERS`.
             temperature: Factor of the noise that a step adds, not of the first noise; at least 0.
             eta: Noise of `ddim` in [0, 1]: 0 adds none, 1 as much as `ddpm` at its lower variance.

@@ -89,6 +89,10 @@ class DiffusionHead(nn.Module):
         condition: Channels c of the condition.
         width: Width of the MLP.
         depth: Its residual blocks.
+
+    Attributes:
+        diffusion: The process. With its `full_range` samples begin at timestep 999 as the published code's do; they
+            begin a little later otherwise, since a head trained for less than very long fails there.
     """
 
     def __init__(self, dim: int, condition: int, width: int, depth: int):
@@ -122,7 +126,7 @@ class DiffusionHead(nn.Module):
         condition = self.net.cond_embed(z)  # (1 or 2, b, n, width)
 
         def model(x: Tensor, t: Tensor) -> Tensor:
-            prediction = self.net(x, t[:1], condition)  # (1 or 2, b, n, 2 d); all rows are at one time
+            prediction = self.net(x.to(z.dtype), t[:1], condition)  # (1 or 2, b, n, 2 d); all rows are at one time
             if len(prediction) == 1:
                 return prediction[0]
             (eps, v), (eps_null, _) = (part.split(dim, dim=-1) for part in prediction)

@@ -135,7 +135,7 @@ class MAR(nn.Module):
         order = uniform((b, tokens), draws, x).argsort(dim=1)
         masked = self._masked(b, draws, x)
         condition = self._classes(labels)
-        if self.training and config.label_dropout:
+        if self.training:
             dropped = uniform((b,), draws, x) < config.label_dropout
             condition = torch.where(dropped[:, None], self.fake_latent, condition)  # (b, c)
 
@@ -213,7 +213,7 @@ class MAR(nn.Module):
         plan = self._plan(steps, guidance_scale, guidance_schedule)
         head = {"steps": head_steps, "solver": head_solver, "temperature": temperature}
         b, masked = len(labels), self.config.tokens
-        like = self.mask_token
+        like = self.mask_token.new_empty(0, dtype=torch.promote_types(self.mask_token.dtype, torch.float32))
         order = uniform((b, masked), draws, like).argsort(dim=1)
         x = like.new_zeros(b, masked, self.config.dim)
         condition = self._classes(labels)  # (b, c)
@@ -254,7 +254,7 @@ class MAR(nn.Module):
         """
         buffer = self.config.buffer
         slots = condition[:, None].expand(-1, buffer, -1)  # (b, buffer, c)
-        h = torch.cat([slots, self.z_proj(_at(x, kept))], dim=1)  # (b, buffer + k, c)
+        h = torch.cat([slots, self.z_proj(_at(x, kept).to(self.z_proj.weight.dtype))], dim=1)  # (b, buffer + k, c)
         positions = self.encoder_pos_embed_learned.expand(len(x), -1, -1)
         positions = torch.cat([positions[:, :buffer], _at(positions[:, buffer:], kept)], dim=1)
         h = self.z_proj_ln(h + positions)

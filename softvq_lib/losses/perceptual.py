@@ -70,10 +70,10 @@ def build_perceptual(name: str, image_size: int, *, pretrained: bool = True) -> 
 
     `lpips` is LPIPS-VGG, with the published weights of its stages and channels. `efflite0`, `efflite1` and `efflite2`
     need no network and are labelled `perceptual-EffLite0` and so on: the same distance on EfficientNet-lite's five
-    stages, with equal weights and averaged, which brings it near to LPIPS in size. They order distortions of equal PSNR
+    stages, with equal weights and averaged. They order distortions of equal PSNR
     as one would. EffLite1's distances of 64 px photographs at 22 dB, relative to white noise, are .05 for a shift of
     brightness, .21 for a tint, 1.01 for blur and 1.14 for JPEG; with random weights the first two lie anywhere in
-    .3-1.6. Images are looked at in the size they have: enlarged to twice that, the distance forgives blur (.71) and
+    .3-1.2. Images are looked at in the size they have: enlarged to twice that, the distance forgives blur (.71) and
     costs four times as much. Below 32 px they are enlarged to it.
 
     A distance that scores a model must be on another net than the one it was trained with: one that was minimised says
@@ -106,7 +106,7 @@ def _lpips(pretrained: bool) -> Perceptual:
         except OSError as error:
             raise ValueError(
                 f"LPIPS needs the ImageNet weights of torchvision's vgg16, which cannot be had: {error} Ask for them "
-                f"once with a network, which fills torch's cache. {OFFLINE}: perceptual-EffLite, not LPIPS."
+                f"once with a network, which fills torch's cache. {OFFLINE}; results say perceptual-EffLite then."
             ) from error
     weights = [layer.model[-1].weight for layer in lpips.lins]
     return Perceptual(_VGG(lpips.requires_grad_(False)), "LPIPS-VGG" + ("" if pretrained else "-random"), weights)

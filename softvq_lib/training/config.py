@@ -29,7 +29,7 @@ class TrainConfig:
         micro_batch: Images that a process takes through the nets at once; gradients add up to the batch. None: all of
             its share. Halved by itself when memory runs out. Terms of single images are exact; statistics over the
             batch, such as the mean posterior, are then those of micro-batches.
-        gradient_checkpointing: Keep only the inputs of transformer blocks for the backward pass: less memory, more time.
+        gradient_checkpointing: Keep only transformer blocks' inputs for the backward pass: less memory, more time.
         compile: Compile the nets with torch.compile.
         change: Go on with a run although its configuration is another now; the difference is shown and kept.
         run: Name of the run directory. None: made from the configuration.

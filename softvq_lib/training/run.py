@@ -111,6 +111,15 @@ class Run:
         """Rows of losses and held-out measurements, by step."""
         return read_lines(self.path / "metrics.jsonl")
 
+    def curves(self) -> dict[str, list[list[float]]]:
+        """Of each term of the loss and each gradient norm, [step, mean since the row before]."""
+        curves: dict[str, list[list[float]]] = {}
+        for row in self.metrics:
+            for name, value in row.items():
+                if name not in ("step", "lr") and not name.startswith("val_"):
+                    curves.setdefault(name, []).append([row["step"], value])
+        return curves
+
     @property
     def seconds(self) -> float:
         """Seconds spent in optimiser steps, by the timings of the run; interruptions and measuring left out."""

@@ -155,7 +155,7 @@ class Trainer:
                     raise
             self._halve()
         norms = {}
-        for name, optimizer in self.optimizers.items():
+        for name in self.optimizers:
             if name == "model":
                 norms["gradient_norm"] = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip)
             elif any(p.grad is not None for p in self.parts[name].parameters()):
