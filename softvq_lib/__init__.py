@@ -20,7 +20,10 @@ _PUBLIC = {
     "DataConfig": "softvq_lib.data",
     "open_dataset": "softvq_lib.data",
     "TrainConfig": "softvq_lib.training",
+    "GeneratorConfig": "softvq_lib.generators",
+    "load_generator": "softvq_lib.generators.loading",
     "train_tokenizer": "softvq_lib.experiments",
+    "train_generator": "softvq_lib.generation",
     "efficiency": "softvq_lib.costs",
     "parameters": "softvq_lib.experiments",
 }

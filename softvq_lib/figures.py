@@ -192,8 +192,8 @@ def compare_quantizers(rows: list[dict]):
     return figure
 
 
-def recorded_progress(row: dict, folder: Path):
-    """Draw the pictures of progress that a results row names, the noise before the first step left out.
+def recorded_progress(row: dict, folder: Path, last: int = 3):
+    """Draw the `last` pictures of progress that a results row names, and the originals if it names them.
 
     Their sha256 are checked.
 
@@ -211,4 +211,4 @@ def recorded_progress(row: dict, folder: Path):
             originals = path
         elif step := int(path.stem.rsplit("-", 1)[1]):
             snapshots[step] = path
-    return progress(snapshots, originals, 0.6 * WIDTH)
+    return progress(dict(sorted(snapshots.items())[-last:]), originals, 0.6 * WIDTH)

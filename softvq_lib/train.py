@@ -17,8 +17,9 @@ from softvq_lib.config import one_of
 def experiments() -> dict:
     """The experiments that train, by the name of the folder that their parameter files lie in."""
     from softvq_lib.experiments import train_tokenizer
+    from softvq_lib.generation import train_generator
 
-    return {"train_tokenizer": train_tokenizer}
+    return {"train_tokenizer": train_tokenizer, "train_generator": train_generator}
 
 
 def read_parameters(path: Path, given: Sequence[tuple[str, str]] = ()) -> dict[str, object]:
@@ -33,13 +34,21 @@ def read_parameters(path: Path, given: Sequence[tuple[str, str]] = ()) -> dict[s
         near = sorted(str(other) for other in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         listed = f" There are: {', '.join(near)}." if near else ""
         raise ValueError(f"{path} is no file: give a YAML file of parameters.{listed}")
+
+    def read(text: str, place: object) -> object:
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{place} cannot be read as YAML ({' '.join(str(error).split())}).") from None
+
     try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} cannot be read as YAML ({' '.join(str(error).split())}).") from None
-    if not isinstance(values, dict):
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}).") from None
+    values = read(text, path)
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ValueError(f"{path} holds no parameters: write one `name: value` a line.")
-    return values | {name: yaml.safe_load(value) for name, value in given}
+    return values | {name: read(value, f"-p {name} {value}") for name, value in given}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -65,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result = experiments()[name](**read_parameters(asked.params, asked.given))
         if rank() == 0:
             print(result)
-    except (ValueError, FloatingPointError, MemoryError) as error:
+    except (ValueError, FloatingPointError, MemoryError, OSError) as error:
         sys.exit(f"error: {error}")
     finally:
         import torch.distributed as dist

@@ -1,30 +1,34 @@
-"""Kill training runs and start them again: `python tests/faults.py KILLS SEED FOLDER` prints a report in JSON.
+"""Kill training runs and start them again: `python tests/faults.py KILLS SEED FOLDER [KIND]` prints a report in JSON.
 
-One process imports everything; each run is a fork of it that is really killed by SIGKILL, at a random moment or, every
-second time, at one of the system calls of a checkpoint write. A run is started again until it ends, and its files are
-then compared byte by byte with those of a run that nobody disturbed.
+One process imports everything; each run is a fork of it that is really killed by SIGKILL: at a random moment, or at a
+chosen system call of those that make the run's files, half of them inside checkpoint writes. A run is started again
+until it ends, and its files are then compared byte by byte with those of a run that nobody disturbed.
 """
 
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
-# Where a checkpoint write can be cut: each is one system call that the writing code makes.
-CALLS = ("fsync", "replace", "unlink")
+# Where the writing of files can be cut: each is one system call.
+CALLS = ("fsync", "replace", "rename", "unlink", "rmdir")
 
+# log_every divides neither checkpoint_every nor the steps: checkpoints fall into the middle of rows of metrics.
 TOKENIZER = {
     "dataset": "digits",
     "tokens": 4,
-    "batch_size": 8,
+    "batch_size": 4,
     "limit": 64,
     "val_images": 8,
-    "steps": 24,
-    "checkpoint_every": 3,
-    "log_every": 2,
+    "steps": 12,
+    "checkpoint_every": 2,
+    "log_every": 5,
     "workers": 2,
     "flip": True,
     "adversarial": "patch",
@@ -34,64 +38,80 @@ TOKENIZER = {
 }
 
 
+def tokenizer() -> tuple[Callable, dict]:
+    """The tokenizer's training function and what it is given; its data are read once, before the forks."""
+    from softvq_lib.data import DataConfig, open_dataset
+    from softvq_lib.training import train
+
+    open_dataset(DataConfig(dataset=TOKENIZER["dataset"]), 32)
+    return train, TOKENIZER
+
+
+KINDS = {"tokenizer": tokenizer}
+
+
 def deterministic(run: Path) -> dict[str, bytes]:
     """The files of a finished run that must not depend on interruptions: all but timings, log and manifest."""
     kept = {}
     for path in sorted(run.rglob("*")):
-        if path.is_file() and path.name not in ("timings.jsonl", "log.txt", "manifest.json", "config.json", ".lock"):
-            kept[path.relative_to(run).as_posix()] = path.read_bytes()
+        name = path.relative_to(run).as_posix()
+        if path.is_file() and name not in ("timings.jsonl", "log.txt", "manifest.json", "config.json", ".lock"):
+            kept[name] = path.read_bytes()
     return kept
 
 
-def _die_inside_a_write(call: int) -> None:
-    """Arrange that this process kills itself at the given system call made inside checkpoint writes."""
-    from softvq_lib.training import checkpoint
+class Calls:
+    """Notes the system calls that make a run's files, and kills the process at one of them.
 
-    save, made, inside = checkpoint.save, 0, False
+    A call has a name such as "fsync checkpoints/step-#.safetensors": before the file gets its own name, with only half
+    of its bytes on the disk.
 
-    def counted(function, name):
-        def wrapper(*arguments, **options):
-            nonlocal made
-            if inside:
-                made += 1
-                if made == call:
-                    if name == "fsync":  # half of the file has reached the disk
-                        os.ftruncate(arguments[0], os.fstat(arguments[0]).st_size // 2)
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments, **options)
+    Args:
+        run: Folder of the run; calls elsewhere do not count.
+        deadly: Name of a call, and which one of this name is the last thing that the process does. None: live on.
+    """
 
-        return wrapper
+    def __init__(self, run: Path, deadly: tuple[str, int] | None):
+        self.run, self.deadly = run, deadly
+        self.made: Counter[str] = Counter()
+        for call in CALLS:
+            setattr(os, call, self.watch(call, getattr(os, call)))
 
-    def watched(*arguments, **options):
-        nonlocal inside
-        inside = True
-        try:
-            return save(*arguments, **options)
-        finally:
-            inside = False
+    def watch(self, call: str, function: Callable) -> Callable:
+        def watched(target, *others, **options):
+            if options.get("dir_fd") is None:
+                self.see(call, target)
+            return function(target, *others, **options)
 
-    checkpoint.save = watched
-    is_file = {"fsync": lambda fd: os.path.isfile(f"/proc/self/fd/{fd}")}
-    for name in CALLS:
-        function = getattr(os, name)
-        wrapped = counted(function, name)
-        if name == "fsync":
-            setattr(os, name, lambda fd, f=function, w=wrapped: (w if is_file["fsync"](fd) else f)(fd))
-        else:
-            setattr(os, name, wrapped)
+        return watched
+
+    def see(self, call: str, target: int | str | Path) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else target)
+        if not path.is_relative_to(self.run):
+            return
+        place = path.relative_to(self.run).as_posix()
+        name = f"{call} {re.sub('[0-9]+', '#', place.replace('/.', '/').lstrip('.').removesuffix('.part'))}"
+        self.made[name] += 1
+        if self.deadly == (name, self.made[name]):
+            if call == "fsync" and path.is_file():
+                os.ftruncate(target, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
-def start(train, parameters: dict, kill_at: float | None = None, kill_call: int | None = None) -> str:
+def start(
+    train: Callable, parameters: dict, kill_at: float | None = None, deadly: tuple[str, int] | None = None
+) -> str:
     """Run `train(**parameters)` in a fork; return how it ended: "finished", "killed", or "failed: ..."."""
+    runs = Path(parameters["runs"])
     child = os.fork()
     if child == 0:
-        with open(Path(parameters["runs"]) / "output.txt", "a") as output:
+        with open(runs / "output.txt", "a") as output:
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
         try:
-            if kill_call is not None:
-                _die_inside_a_write(kill_call)
+            calls = Calls(runs / parameters["run"], deadly)
             train(**parameters)
+            (runs / "calls.json").write_text(json.dumps(calls.made))
             os._exit(0)
         except BaseException:
             import traceback
@@ -113,7 +133,7 @@ def start(train, parameters: dict, kill_at: float | None = None, kill_call: int 
     return "finished" if os.WEXITSTATUS(status) == 0 else "failed: see output.txt"
 
 
-def campaign(train, parameters: dict, kills: int, seed: int, folder: Path) -> dict:
+def campaign(train: Callable, parameters: dict, kills: int, seed: int, folder: Path) -> dict:
     """Kill runs `kills` times in all; return what happened."""
     rng = random.Random(seed)
     whole = folder / "whole"
@@ -122,39 +142,49 @@ def campaign(train, parameters: dict, kills: int, seed: int, folder: Path) -> di
     if start(train, {**parameters, "runs": str(whole)}) != "finished":
         return {"error": (whole / "output.txt").read_text()[-3000:]}
     lasts = time.monotonic() - began
-    expected = deterministic(whole / "run")
-    report = {"kills": 0, "inside_a_write": 0, "runs": 0, "differing": [], "files": sorted(expected)}
-    while report["kills"] < kills:
+    made = json.loads((whole / "calls.json").read_text())
+    of_checkpoints = [name for name in made if "checkpoints/" in name]
+    others = [name for name in made if name not in of_checkpoints]
+    expected = deterministic(whole / parameters["run"])
+    where: Counter[str] = Counter()
+    report = {"runs": 0, "differing": [], "files": sorted(expected), "calls": made}
+    while where.total() < kills:
         broken = folder / f"broken-{report['runs']}"
         broken.mkdir()
         for attempt in range(8):  # then it is left in peace, so that every run ends
-            peace = attempt == 7 or report["kills"] >= kills
-            at, call = None, None
-            if not peace and (attempt + report["runs"]) % 2:
-                call = rng.randint(1, 30)
-            elif not peace:
-                at = rng.uniform(0.02, 0.8) * lasts
-            ended = start(train, {**parameters, "runs": str(broken)}, at, call)
+            at = deadly = None
+            if attempt < 7 and where.total() < kills:
+                inside = sum(count for name, count in where.items() if name in of_checkpoints)
+                if 2 * inside <= where.total():
+                    # Those that have had least; the first few of a process, so that a run near its end has them too.
+                    name = min(rng.sample(of_checkpoints, len(of_checkpoints)), key=where.__getitem__)
+                    deadly = name, rng.randint(1, 3)
+                elif rng.random() < 0.5:
+                    deadly = rng.choice(others), 1
+                else:
+                    at = rng.uniform(0.02, 0.8) * lasts
+            ended = start(train, {**parameters, "runs": str(broken)}, at, deadly)
             if ended == "finished":
                 break
             if ended != "killed":
                 return {**report, "error": (broken / "output.txt").read_text()[-3000:]}
-            report["kills"] += 1
-            report["inside_a_write"] += call is not None
-        found = deterministic(broken / "run")
+            where[deadly[0] if deadly else "at any time"] += 1
+        found = deterministic(broken / parameters["run"])
         names = sorted({*expected, *found})
-        differing = [name for name in names if expected.get(name) != found.get(name)]
-        report["differing"] += [f"{broken.name}/{name}" for name in differing]
+        report["differing"] += [f"{broken.name}/{name}" for name in names if expected.get(name) != found.get(name)]
         report["runs"] += 1
-    return report
+    inside = sum(count for name, count in where.items() if name in of_checkpoints)
+    return {"kills": where.total(), "inside_a_write": inside, "where": dict(where.most_common()), **report}
 
 
 if __name__ == "__main__":
-    import datasets  # noqa: F401  (heavy imports once, before the forks)
+    # Heavy imports once, before the forks.
+    import accelerate  # noqa: F401
+    import datasets  # noqa: F401
     import timm  # noqa: F401
     import torch
-
-    from softvq_lib.training import train
+    import torchvision  # noqa: F401
 
     torch.set_num_threads(1)
-    print(json.dumps(campaign(train, TOKENIZER, int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))))
+    kills, seed, folder, kind = [*sys.argv[1:], "tokenizer"][:4]
+    print(json.dumps(campaign(*KINDS[kind](), int(kills), int(seed), Path(folder)), indent=1))

@@ -16,7 +16,7 @@ LAYERS = [
     {"tokenizers", "losses", "generators", "data"},
     {"training"},
     {"evaluation"},
-    {"results", "tables", "figures", "style", "method_maths", "method_figures", "costs", "experiments", "train"},
+    {"results", "tables", "figures", "style", "method_maths", "method_figures", "costs", "experiments", "generation", "train"},
 ]
 PACKAGE = "softvq_lib"
 

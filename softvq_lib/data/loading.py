@@ -1,16 +1,17 @@
 """Batches in an exact order: a picture's turn and its crop depend on seed, epoch and position alone."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from softvq_lib.config import at_least
 from softvq_lib.data.images import fit, to_tensor
 from softvq_lib.data.source import Source, UnreadableImage
+from softvq_lib.data.streams import StreamedSource, StreamOrder
 
 # How many neighbours are tried in place of one unreadable picture; far more than the permitted 1 % ever needs.
 REPLACEMENTS = 100
@@ -64,7 +65,8 @@ def training_batches(
 
     An epoch is a permutation of the source cut into floor(n / batch_size) whole batches; what is left over rests
     until the next epoch. With fewer pictures than a batch holds, permutation follows permutation without a gap.
-    An unreadable picture is replaced by the next readable one of the source, and reported.
+    An unreadable picture is replaced by the next readable one of the source, and reported. The order of a streamed
+    source is that of `StreamOrder`; there the next one is looked for in the same window.
 
     Args:
         source: training pictures.
@@ -79,12 +81,18 @@ def training_batches(
         part: (i, m) gives rows i b / m to (i + 1) b / m of each batch of b, the share of process i of m.
 
     Raises:
-        ValueError: an argument is out of range, the source is empty, or no readable picture was found.
+        ValueError: an argument is out of range, the source is empty, or no readable picture was found; of a streamed
+            source also if it holds less than one batch, the processes cannot share its lanes, or a shard is damaged.
     """
     _check_sizes(source, image_size, batch_size)
     at_least("seed", seed, 0)
     at_least("crop", crop, 1)
     at_least("start_step", start_step, 0)
+    if isinstance(source, StreamedSource):
+        order = StreamOrder(source.counts, batch_size, seed)
+        lanes = _Lanes(_StreamMaker(source, image_size, seed, crop=crop, flip=flip), order, part, start_step, steps)
+        made = _joined(lanes, min(worker_count(source, workers), len(lanes.lanes)))
+        return _whole(made, batch_size // part[1], min(order.window, REPLACEMENTS))
     keys = TrainingOrder(len(source), batch_size, seed, start_step, steps, part)
     maker = _Maker(source, image_size, seed, crop=crop, flip=flip)
     return _whole(_loader(maker, keys, worker_count(source, workers)), batch_size // part[1])
@@ -197,14 +205,66 @@ class _Maker(Dataset):
         return None
 
 
+class _StreamMaker(_Maker):
+    """Makes parts of batches from streamed pictures; in place of its number a key holds the window and place of each."""
+
+    def _read(self, held: tuple[list, int], unreadable: list) -> tuple | None:
+        window, place = held
+        for offset in range(min(len(window), 1 + REPLACEMENTS)):
+            index, row = window[(place + offset) % len(window)]
+            try:
+                return *self.source.read(index, row), index
+            except UnreadableImage as error:
+                unreadable.append((error.index, error.name, error.reason))
+        return None
+
+
+class _Lanes(IterableDataset):
+    """What a process, or one of its workers, contributes to each batch: the rows of the lanes that it reads.
+
+    Workers share a batch instead of taking turns with whole ones: so none reads what another has read.
+    """
+
+    def __init__(self, maker: _StreamMaker, order: StreamOrder, part: tuple[int, int], start_step: int, steps: int):
+        self.maker, self.order, self.start_step, self.steps = maker, order, start_step, steps
+        self.lanes = order.of(part)
+
+    def __iter__(self) -> Iterator[tuple | ValueError]:
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        mine = self.lanes[number * len(self.lanes) // workers : (number + 1) * len(self.lanes) // workers]
+        images = [self.order.lane(self.maker.source, lane, self.start_step) for lane in mine]
+        try:
+            for _ in range(self.start_step, self.steps):
+                yield self.maker.__getitems__([next(lane) for lane in images for _ in range(self.order.share)])
+        except ValueError as error:  # raised in the main process instead, without the story of the worker
+            yield error
+
+
+def _joined(lanes: _Lanes, workers: int) -> Iterator[tuple]:
+    """The parts that the workers made of each batch, put together: the loader takes from them in turn."""
+    loader = _loader(lanes, None, workers)
+    parts = []
+    for made in loader:
+        if isinstance(made, ValueError):
+            raise made
+        parts.append(made)
+        if len(parts) == max(1, workers):
+            pixels, labels, indices, unreadable = zip(*parts, strict=True)
+            yield torch.cat(pixels), torch.cat(labels), torch.cat(indices), sum(unreadable, [])
+            parts = []
+
+
 def _as_is(made: tuple) -> tuple:
     return made
 
 
-def _loader(maker: _Maker, keys, workers: int) -> DataLoader:
+def _loader(maker: Dataset, keys, workers: int) -> DataLoader:
     return DataLoader(
         maker,
         batch_sampler=keys,
+        # Batches come whole from `maker` in any case; None with no sampler tells the loader to leave them so.
+        batch_size=None if keys is None else 1,
         num_workers=workers,
         collate_fn=_as_is,
         # A generator of its own: the loader would otherwise draw from, and so advance, the global one.
@@ -212,10 +272,10 @@ def _loader(maker: _Maker, keys, workers: int) -> DataLoader:
     )
 
 
-def _whole(loader: DataLoader, batch_size: int) -> Iterator[Batch]:
-    for pixels, labels, indices, unreadable in loader:
+def _whole(made: Iterable[tuple], batch_size: int, tried: int = REPLACEMENTS) -> Iterator[Batch]:
+    for pixels, labels, indices, unreadable in made:
         if len(labels) < batch_size:
-            raise ValueError(_none_readable(f"{REPLACEMENTS} images in a row are unreadable", unreadable))
+            raise ValueError(_none_readable(f"{tried} images in a row are unreadable", unreadable))
         yield Batch(to_tensor(pixels), labels, indices, unreadable)
 
 

@@ -1,4 +1,4 @@
-"""One `dataset` parameter for embedded data, a folder, parquet and the hub, and the split for validation."""
+"""One `dataset` parameter for embedded data, a folder, shards and the hub, and the split for validation."""
 
 import os
 from dataclasses import dataclass
@@ -6,8 +6,10 @@ from pathlib import Path
 
 from softvq_lib.config import at_least, fingerprint, nearest
 from softvq_lib.data import digits, files, shapes
+from softvq_lib.data.shards import SUFFIXES, label_values, open_shards
 from softvq_lib.data.source import Source, fixed_order
-from softvq_lib.data.tables import TableSource, find_columns
+from softvq_lib.data.streams import RULE, StreamedSource
+from softvq_lib.data.tables import TableSource, choose_columns, find_columns, name_classes
 
 EMBEDDED = ["digits", "shapes"]
 HOLD_OUT = 0.05
@@ -19,15 +21,20 @@ class DataConfig:
     """The flat parameters that concern data.
 
     Attributes:
-        dataset: ``digits``, ``shapes``, a folder, a parquet file or pattern, or a hub name ``owner/name``.
+        dataset: ``digits``, ``shapes``, a folder, a parquet file or WebDataset shard (.tar) or a pattern of them, or
+            a hub name ``owner/name``.
         image_column: column of the pictures; None: found.
         label_column: column of the labels; None: found, and none is fine.
         flip: mirror training pictures left-right at random.
         crop: training pictures are enlarged by a factor uniform in [1, crop] and cropped at random. The paper
             uses 1.25; validation pictures are cropped in the centre.
-        limit: train on at most so many pictures, the first of the fixed order; None: all.
+        limit: train on at most so many pictures, the first of the fixed order, or of the files if they are
+            streamed; None: all.
         workers: loader processes; None: none for embedded data, else one less than the processors, at most 4.
             Changes the speed, never the batches.
+        streaming: read parquet files or WebDataset shards, on disk or on the hub, piece by piece as they are
+            needed, for data that are too large for a copy in the cache. They need a split for validation. The order
+            is another one, as exact: shards are shuffled, and pictures within windows of 2,048.
     """
 
     dataset: str = "digits"
@@ -37,10 +44,11 @@ class DataConfig:
     crop: float = 1.0
     limit: int | None = None
     workers: int | None = None
+    streaming: bool = False
 
     def __post_init__(self):
         if not self.dataset.strip():
-            raise ValueError("dataset is empty: give digits, shapes, a folder, parquet files or a hub name.")
+            raise ValueError("dataset is empty: give digits, shapes, a folder, parquet or tar files, or a hub name.")
         at_least("crop", self.crop, 1)
         at_least("limit", self.limit, 1)
         at_least("workers", self.workers, 0)
@@ -91,7 +99,9 @@ def open_dataset(config: DataConfig, image_size: int) -> DataSplits:
     at_least("image_size", image_size, 1)
     if config.dataset in EMBEDDED:
         return _embedded(config, image_size)
-    tables = _locate(config.dataset)
+    tables = _locate(config.dataset, config.streaming)
+    if isinstance(tables, files.Streams):
+        return _streamed(config, tables)
     used = _choose_splits(list(tables.splits), config.dataset)
     columns = find_columns(
         {name: tables.splits[name] for name in used}, config.image_column, config.label_column, config.dataset
@@ -128,7 +138,35 @@ def open_dataset(config: DataConfig, image_size: int) -> DataSplits:
     )
 
 
+def _streamed(config: DataConfig, streams: files.Streams) -> DataSplits:
+    used = _choose_splits(list(streams.splits), config.dataset)
+    if len(used) < 2:
+        raise ValueError(
+            f"dataset='{config.dataset}' has no split for validation, which a streamed data set must bring: name some "
+            "shards validation* or test* and let the pattern match them too, or leave streaming out."
+        )
+    image, label = choose_columns(streams.features, config.image_column, config.label_column, config.dataset)
+    shards = {split: open_shards(streams.splits[split], streams.kind, image, label) for split in used}
+    for split, its in shards.items():
+        if not sum(shard.count for shard in its):
+            raise ValueError(f"dataset='{config.dataset}' holds no images in its split {split}.")
+    columns = name_classes(streams.features, image, label, lambda: label_values(sum(shards.values(), [])))
+    train = StreamedSource(shards[used[0]], columns, config.limit)
+    validation = StreamedSource(shards[used[1]], columns)
+    identity = {
+        **streams.identity,
+        "split": " and ".join(used),
+        "train": len(train),
+        "validation": len(validation),
+        "columns": [columns.image, columns.label],
+        "streaming": RULE,
+    }
+    return DataSplits(train, validation, streams.name, fingerprint(identity), columns.classes)
+
+
 def _embedded(config: DataConfig, image_size: int) -> DataSplits:
+    if config.streaming:
+        raise ValueError(f"streaming has no meaning for dataset='{config.dataset}', which is in memory: leave it out.")
     for parameter in ("image_column", "label_column"):
         if getattr(config, parameter) is not None:
             raise ValueError(
@@ -146,21 +184,23 @@ def _embedded(config: DataConfig, image_size: int) -> DataSplits:
     return DataSplits(train, validation, config.dataset, fingerprint(identity), list(classes))
 
 
-def _locate(dataset: str) -> files.Tables:
-    """Decide what a `dataset` that is not embedded means, and load it."""
+def _locate(dataset: str, streaming: bool) -> files.Tables | files.Streams:
+    """Decide what a `dataset` that is not embedded means, and load it or find what is to be streamed."""
     path = Path(dataset).expanduser()
     if path.is_dir():
-        return files.load_folder(path.resolve(), dataset)
+        return (files.stream_folder if streaming else files.load_folder)(path.resolve(), dataset)
+    of_shards = files.stream_shards if streaming else files.load_shards
     if path.is_file():
-        if path.suffix.lower() != ".parquet":
+        if path.suffix.lower() not in SUFFIXES:
             raise ValueError(
-                f"dataset='{dataset}' is a file of kind '{path.suffix}'. Give a folder of images or parquet files."
+                f"dataset='{dataset}' is a file of kind '{path.suffix}'. Give a folder of images, parquet files or "
+                "WebDataset shards (.tar)."
             )
-        return files.load_parquet([path.resolve()], dataset)
+        return of_shards([_placed(path)], dataset)
     if any(sign in dataset for sign in "*?["):
-        return files.load_parquet([found.resolve() for found in files.find_parquet(dataset)], dataset)
+        return of_shards([_placed(found) for found in files.find_shards(dataset)], dataset)
     owner, *rest = dataset.split("/")
-    if "/" not in dataset and os.sep not in dataset and path.suffix.lower() != ".parquet":
+    if "/" not in dataset and os.sep not in dataset and path.suffix.lower() not in SUFFIXES:
         local = sorted(entry.name for entry in Path().iterdir() if entry.is_dir())
         raise ValueError(
             f"dataset='{dataset}' is not known{nearest(dataset, EMBEDDED) or nearest(dataset, local)} It is "
@@ -168,9 +208,14 @@ def _locate(dataset: str) -> files.Tables:
             "owner/name."
         )
     is_path = len(rest) != 1 or not rest[0] or owner in ("", ".", "..", "~") or os.path.isdir(owner)
-    if is_path or path.suffix.lower() == ".parquet":
+    if is_path or path.suffix.lower() in SUFFIXES:
         raise files.missing(path, dataset)
-    return files.load_hub(dataset)
+    return (files.stream_hub if streaming else files.load_hub)(dataset)
+
+
+def _placed(path: Path) -> Path:
+    """The whole path; the name of a linked file stays, since it may tell the split."""
+    return path.parent.resolve() / path.name
 
 
 def _choose_splits(names: list[str], dataset: str) -> list[str]:

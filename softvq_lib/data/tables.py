@@ -1,5 +1,6 @@
 """Pictures in a Hugging Face `datasets` table: finding the image and label columns, and reading single rows."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +14,32 @@ from softvq_lib.data.source import UNLABELLED, Source, UnreadableImage
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-IMAGE_NAMES = ["image", "img", "images", "picture", "photo", "jpg", "png", "pixels", "bytes"]
+IMAGE_NAMES = ["image", "img", "images", "picture", "photo", "jpg", "png", "pixels", "bytes", "jpeg", "webp"]
 LABEL_NAMES = ["label", "labels", "class", "class_label", "category", "target", "fine_label", "cls", "y"]
+JSON = "json"  # column of a WebDataset whose keys may hold labels
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a table hold the pictures and, if any, the labels; `classes` names the label numbers."""
+    """Which columns of a table hold the pictures and, if any, the labels; `classes` names the label numbers.
+
+    The label may be one key of a WebDataset's JSON, ``json.key``.
+    """
 
     image: str
     label: str | None
     classes: list[str] | None
     numbers: dict[Any, int] | None  # label value to class number; None: values are the numbers
+
+    def number(self, row: dict[str, Any]) -> int:
+        """The class number of a row, -1 where it has none."""
+        value = None
+        if self.label is not None:
+            value = row[self.label] if self.label in row else (row[JSON] or {}).get(self.label.removeprefix(f"{JSON}."))
+        if value is None:
+            return UNLABELLED
+        number = value if self.numbers is None else self.numbers.get(value, UNLABELLED)
+        return max(int(number), UNLABELLED)
 
 
 class TableSource(Source):
@@ -42,7 +57,7 @@ class TableSource(Source):
         import datasets
 
         keep = [columns.image] if columns.label is None else [columns.image, columns.label]
-        table = table.select_columns(keep)
+        table = table.select_columns([name if name in table.features else JSON for name in keep])
         if isinstance(table.features[columns.image], datasets.Image):
             # Decoding is ours, so that a damaged picture can be named and passed over.
             table = table.cast_column(columns.image, datasets.Image(decode=False))
@@ -52,20 +67,7 @@ class TableSource(Source):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        row = self.table[int(self.rows[self._check(index)])]
-        try:
-            image = decode(_payload(row[self.columns.image]))
-        except Exception as error:  # Pillow and its codecs raise nearly anything on damaged data
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            raise UnreadableImage(int(index), self.name(index), reason or type(error).__name__) from None
-        return image, self._label(row)
-
-    def _label(self, row: dict) -> int:
-        value = None if self.columns.label is None else row[self.columns.label]
-        if value is None:
-            return UNLABELLED
-        number = value if self.columns.numbers is None else self.columns.numbers.get(value, UNLABELLED)
-        return max(int(number), UNLABELLED)
+        return read_row(self.table[int(self.rows[self._check(index)])], self.columns, int(index), self.name)
 
     def name(self, index: int) -> str:
         row = int(self.rows[self._check(index)])
@@ -74,6 +76,26 @@ class TableSource(Source):
         if path and self.root:
             return path.removeprefix(self.root).lstrip("/\\")
         return f"row {row} of {self.split}" + (f", {path}" if path else "")
+
+
+def read_row(row: dict[str, Any], columns: Columns, index: int, name: Callable[[int], str]) -> tuple[Image.Image, int]:
+    """Decode the picture of a row and look up its label.
+
+    Args:
+        row: cells by column.
+        columns: which of them to use.
+        index: number of the picture in its source, for messages.
+        name: tells where a picture lies.
+
+    Raises:
+        UnreadableImage: the picture cannot be decoded.
+    """
+    try:
+        image = decode(_payload(row[columns.image]))
+    except Exception as error:  # Pillow and its codecs raise nearly anything on damaged data
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UnreadableImage(index, name(index), reason or type(error).__name__) from None
+    return image, columns.number(row)
 
 
 def _payload(value: Any) -> bytes | str:
@@ -87,11 +109,7 @@ def _payload(value: Any) -> bytes | str:
 
 
 def find_columns(tables: dict[str, "Dataset"], image: str | None, label: str | None, dataset: str) -> Columns:
-    """Find the image and the label column of the tables that will be used.
-
-    A column named by the user is taken if it can hold pictures or labels. Otherwise an ``Image`` column, then a
-    column of ``{bytes, path}`` records, then one of raw bytes, is taken, each preferring the common names; for
-    labels a ``ClassLabel`` column, then whole numbers or text under a common name. Labels may be missing.
+    """Find the image and the label column of the tables that will be used, see `choose_columns`, and the classes.
 
     Args:
         tables: the splits; they share their columns.
@@ -103,17 +121,46 @@ def find_columns(tables: dict[str, "Dataset"], image: str | None, label: str | N
         ValueError: no column holds pictures, or a named column is missing or holds something else.
     """
     features = next(iter(tables.values())).features
+    image, label = choose_columns(features, image, label, dataset)
+
+    def values(table: "Dataset") -> list:
+        if label in features:
+            return table.unique(label)
+        return table.select_columns([JSON]).flatten().unique(label)
+
+    return name_classes(features, image, label, lambda: {value for table in tables.values() for value in values(table)})
+
+
+def choose_columns(features: "Features", image: str | None, label: str | None, dataset: str) -> tuple[str, str | None]:
+    """Choose the image and the label column among the columns of a data set.
+
+    A column named by the user is taken if it can hold pictures or labels. Otherwise an ``Image`` column, then a
+    column of ``{bytes, path}`` records, then one of raw bytes, is taken, each preferring the common names; for
+    labels a ``ClassLabel`` column, then whole numbers or text under a common name, then the like in a column
+    ``json``. Labels may be missing.
+
+    Args:
+        features: of the columns.
+        image: column named by the user, None to find it.
+        label: likewise for the labels; ``json.key`` for a key of a column ``json``.
+        dataset: the user's `dataset` parameter, for messages.
+
+    Raises:
+        ValueError: no column holds pictures, or a named column is missing or holds something else.
+    """
     kinds = {name: _kind(feature) for name, feature in features.items()}
-    for parameter, wanted, able in (
-        ("image_column", image, ("image", "record", "bytes", "text")),
-        ("label_column", label, ("class", "integer", "text")),
+    inside = features[JSON] if isinstance(features.get(JSON), dict) else {}
+    keys = {f"{JSON}.{key}": _kind(feature) for key, feature in inside.items()}
+    for parameter, wanted, known, able in (
+        ("image_column", image, kinds, ("image", "record", "bytes", "text")),
+        ("label_column", label, keys | kinds, ("class", "integer", "text")),
     ):
-        if wanted is not None and wanted not in kinds:
+        if wanted is not None and wanted not in known:
             raise ValueError(
-                f"{parameter}='{wanted}' is no column of '{dataset}'{nearest(wanted, kinds)} "
+                f"{parameter}='{wanted}' is no column of '{dataset}'{nearest(wanted, known)} "
                 f"Its columns: {_listed(features)}."
             )
-        if wanted is not None and kinds[wanted] not in able:
+        if wanted is not None and known[wanted] not in able:
             raise ValueError(
                 f"{parameter}='{wanted}' of '{dataset}' does not hold {parameter.removesuffix('_column')}s. "
                 f"Its columns: {_listed(features)}."
@@ -127,13 +174,27 @@ def find_columns(tables: dict[str, "Dataset"], image: str | None, label: str | N
         common = {name: kind for name, kind in kinds.items() if name.lower() in LABEL_NAMES and name != image}
         classes = {name: kind for name, kind in kinds.items() if kind == "class"}
         label = _choose(classes, ("class",), LABEL_NAMES) or _choose(common, ("integer", "text"), LABEL_NAMES)
+        common = {name: kind for name, kind in keys.items() if name.removeprefix(f"{JSON}.").lower() in LABEL_NAMES}
+        label = label or _choose(common, ("integer", "text"), LABEL_NAMES)
+    return image, label
+
+
+def name_classes(features: "Features", image: str, label: str | None, values: Callable[[], Iterable[Any]]) -> Columns:
+    """The chosen columns with their classes, numbered in order where the label column does not name them.
+
+    Args:
+        features: of the columns.
+        image: the image column.
+        label: the label column, None without.
+        values: finds all labels that occur; asked only if they are needed.
+    """
     if label is None:
         return Columns(image, None, None, None)
-    if kinds[label] == "class":
+    if label in features and _kind(features[label]) == "class":
         return Columns(image, label, list(features[label].names), None)
-    found = {value for table in tables.values() for value in table.unique(label) if value is not None}
-    values = sorted(value for value in found if isinstance(value, str) or value >= 0)
-    return Columns(image, label, [str(v) for v in values], {v: number for number, v in enumerate(values)})
+    found = {value for value in values() if value is not None}
+    names = sorted(value for value in found if isinstance(value, str) or value >= 0)
+    return Columns(image, label, [str(v) for v in names], {v: number for number, v in enumerate(names)})
 
 
 def _choose(kinds: dict[str, str], wanted: tuple[str, ...], names: list[str]) -> str | None:

@@ -40,8 +40,8 @@ def capacity_plan(
     Returns:
         One row a recipe: `name`, `preset`, `quantizer`, `tokens`, `dim`, `image_size`; `parameters` of the tokenizer;
         10^9 operations an image of each of `PARTS` while it is on, and of their sum, `step`; `images` in all;
-        `exaflop`, 10^18 operations, in all; `gpu_hours`; `state_gb`, what weights, gradients, optimiser and average
-        take in memory (10^9 bytes), without activations.
+        `exaflop`, 10^18 operations, in all; `gpu_hours`; `images_per_second` of one device once all terms are on;
+        `state_gb`, what weights, gradients, optimiser and average take in memory (10^9 bytes), without activations.
 
     Raises:
         ValueError: for a parameter that is unknown or out of range.
@@ -75,6 +75,7 @@ def capacity_plan(
                 "images": images,
                 "exaflop": total / 1e18,
                 "gpu_hours": total / (peak_tflops * 1e12 * utilisation) / 3600,
+                "images_per_second": peak_tflops * 1e12 * utilisation / sum(flops.values()),
                 "state_gb": STATE_BYTES * parameters / 1e9,
             }
         )
@@ -103,23 +104,23 @@ def step_flops(tokenizer: TokenizerConfig, loss: LossConfig) -> dict[str, int]:
 
 
 def table(rows: list[dict]) -> str:
-    """Show a plan in Markdown: 10^9 operations an image by part, then the whole run."""
+    """Show a plan in Markdown: 10^9 operations an image by part, then what one device makes of them."""
     lines = [
-        "| recipe | tokens × dim | image | M parameters | " + " | ".join(PARTS) + " | sum | 10¹⁸ in all | GPU-hours "
-        "| state, GB |",
-        "|---|---|--:|--:|" + "--:|" * (len(PARTS) + 4),
+        f"| recipe | image | {' | '.join(PARTS)} | sum | images/s | GPU-hours | state, GB |",
+        "|---|" + "--:|" * (len(PARTS) + 5),
     ]
     for row in rows:
         cells = [
             row["name"],
-            f"{row['tokens']} × {row['dim']}",
             f"{row['image_size']} px",
-            f"{row['parameters'] / 1e6:.1f}",
-            *(f"{row[part]:,.0f}" for part in (*PARTS, "step", "exaflop", "gpu_hours")),
-            f"{row['state_gb']:.1f}",
+            *(_short(row[part]) for part in (*PARTS, "step", "images_per_second", "gpu_hours", "state_gb")),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 or number == 0 else f"{number:.2g}"
 
 
 def _counted(call: Callable[[], object]) -> int:

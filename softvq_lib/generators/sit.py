@@ -50,7 +50,7 @@ class SiT(nn.Module):
         Args:
             x: Latents (b, l, d).
             labels: (b,).
-            draws: For the labels that are dropped, the noise levels and the noise.
+            draws: For the labels that are dropped (in training only), the noise levels and the noise.
             teacher: Features (b, n, align_width) of the images, where the configuration asks for alignment.
 
         Returns:
@@ -66,7 +66,7 @@ class SiT(nn.Module):
             have, want = ("no", "with") if teacher is None else ("a", "without")
             raise ValueError(f"a model {want} alignment got {have} teacher's features: see align_block.")
         b, labels = len(x), labels.long()
-        drop = uniform((b,), draws, x) < self.config.label_dropout
+        drop = uniform((b,), draws, x) < (self.config.label_dropout if self.training else 0)
         labels = torch.where(drop, self.config.classes, labels)
         t = self.interpolant.draw_times(b, draws, x)
         noise = normal(tuple(x.shape), draws, x)
@@ -142,16 +142,18 @@ class SiT(nn.Module):
         labels, guidance = labels.long(), Guidance(guidance_scale, tuple(guidance_interval))
         times = self._times(solver, steps, diffusion)
         weight = self.backbone.x_embedder.weight
-        null = torch.full_like(labels, self.config.classes)
+        everyone = labels.to(weight.device)
+        if guidance.scale != 1:
+            everyone = torch.cat([everyone, torch.full_like(everyone, self.config.classes)])
         # Each class is embedded once; `rows` says which class an image has.
-        classes, rows = torch.unique(torch.cat([labels, null]).to(weight.device), return_inverse=True)
+        classes, rows = torch.unique(everyone, return_inverse=True)
         ahead = Ahead(self.backbone, classes, [] if solver == "adaptive" else times[:-1])
 
         def velocity(x: Tensor, t: float, rows: Tensor) -> Tensor:
             output = self.backbone.run(x.to(weight.dtype), ahead.at(t), rows)
             return self.interpolant.velocity(output.to(x.dtype), x, torch.tensor(t, dtype=x.dtype))
 
-        field = guided(velocity, *rows.chunk(2), guidance)
+        field = guided(velocity, rows[: len(labels)], rows[len(labels) :], guidance)
         shape = (len(labels), self.config.tokens, self.config.dim)
         noise = normal(shape, draws, torch.empty((), device=weight.device))
         # Steps add up in float64, where the device has it.

@@ -13,6 +13,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from softvq_lib.generators.linear import Linear
+
 _EPSILON = 1e-6  # of every layer norm
 _FREQUENCIES = 256  # numbers that a time becomes before its two layers
 _ROWS = 64  # conditionings of one matrix product when a sampler's are computed ahead
@@ -48,7 +50,7 @@ class TimeEmbedder(nn.Module):
     def __init__(self, width: int, scale: float = 1.0):
         super().__init__()
         self.scale = scale
-        self.mlp = nn.Sequential(nn.Linear(_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(Linear(_FREQUENCIES, width), nn.SiLU(), Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
         half = _FREQUENCIES // 2
@@ -74,7 +76,7 @@ def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def _adaln(width: int, parts: int) -> nn.Sequential:
     # The SiLU is applied once for all blocks; it stands here for the parameter's published name.
-    return nn.Sequential(nn.SiLU(), nn.Linear(width, parts * width))
+    return nn.Sequential(nn.SiLU(), Linear(width, parts * width))
 
 
 class Attention(nn.Module):
@@ -83,8 +85,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (b, h, l, c / h) each
@@ -96,8 +98,8 @@ class MLP(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        self.fc1 = Linear(width, 4 * width)
+        self.fc2 = Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -123,7 +125,7 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, out_dim: int):
         super().__init__()
-        self.linear = nn.Linear(width, out_dim)
+        self.linear = Linear(width, out_dim)
         self.adaLN_modulation = _adaln(width, 2)
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
@@ -161,7 +163,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.tokens, self.dim, self.classes = tokens, dim, classes
         self.checkpointing = False
-        self.x_embedder = nn.Linear(dim, width)
+        self.x_embedder = Linear(dim, width)
         self.t_embedder = TimeEmbedder(width, time_scale)
         self.y_embedder = LabelEmbedder(classes, width)
         if positions == "learned":

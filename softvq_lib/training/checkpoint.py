@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as states
@@ -25,20 +26,32 @@ def _sha256(path: Path) -> str:
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], keep: int = 2) -> Path:
-    """Write the checkpoint of a step, then drop all but the newest `keep`.
+    """Write the checkpoint of a step, then drop all but the newest `keep`, and any of later steps: these are damaged.
 
     The checksum is written last, so that a checkpoint without one is known to be unfinished.
+
+    Raises:
+        OSError: when it cannot be written; the earlier ones are as they were.
     """
     folder.mkdir(exist_ok=True)
     for torn in folder.glob(".*.part"):  # of a process that was killed while it wrote
         torn.unlink()
     path = folder / f"step-{step:08d}.safetensors"
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    write_whole(path, lambda part: save_file(tensors, part))
-    write_json(path.with_suffix(".json"), {"step": step, "sha256": _sha256(path)})
-    for old in sorted(folder.glob("step-*.safetensors"))[:-keep]:
-        old.with_suffix(".json").unlink(missing_ok=True)
-        old.unlink()
+    try:
+        write_whole(path, lambda part: save_file(tensors, part))
+        write_json(path.with_suffix(".json"), {"step": step, "sha256": _sha256(path)})
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise OSError(
+            f"{path} cannot be written ({reason}): free some space or mend the folder's rights, and start again. "
+            "Earlier checkpoints are untouched."
+        ) from error
+    kept = sorted(folder.glob("step-*.safetensors"))
+    here = kept.index(path) + 1
+    for dropped in kept[: max(0, here - keep)] + kept[here:]:
+        dropped.with_suffix(".json").unlink(missing_ok=True)
+        dropped.unlink()
     return path
 
 
@@ -77,7 +90,10 @@ def load_module(prefix: str, module: nn.Module, tensors: dict[str, Tensor]) -> N
         ValueError: when the tensors are those of another module.
     """
     try:
-        states.set_model_state_dict(module, part(tensors, prefix), options=_WHOLE)
+        if any(True for _ in module.parameters()):
+            states.set_model_state_dict(module, part(tensors, prefix), options=_WHOLE)
+        else:  # the function above wants parameters, to know the devices
+            module.load_state_dict(part(tensors, prefix))
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"the checkpoint's {prefix} does not fit this configuration: {reason}") from None

@@ -71,9 +71,12 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float, floor: floa
 
 
 def adamw(model: nn.Module, lr: float, beta2: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW that decays the matrices of linear and patch layers only."""
+    """AdamW that decays the matrices of linear and convolutional layers only, but for `model.no_weight_decay()`."""
     decayed, free = [], []
-    matrices = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    matrices = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d))}
+    if hasattr(model, "no_weight_decay"):
+        parameters = dict(model.named_parameters())
+        matrices -= {id(parameters[name]) for name in model.no_weight_decay()}
     for parameter in model.parameters():
         if parameter.requires_grad:
             (decayed if id(parameter) in matrices else free).append(parameter)

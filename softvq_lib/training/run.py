@@ -87,6 +87,7 @@ class Run:
 
     def __init__(self, path: Path, identity: dict):
         self.path, self.identity, self.trained, self.data = Path(path), identity, 0, None
+        self.requested: dict = {}
 
     @property
     def name(self) -> str:
@@ -146,30 +147,35 @@ class Run:
 
         Args:
             requested: Parameters as the user gave them.
-            change: Take over a run of another configuration; the difference is logged and written down.
+            change: A run of another configuration may be taken over, by `adopt`; nothing is changed yet.
 
         Raises:
             ValueError: when it holds another configuration and `change` is not given; nothing is changed then.
         """
-        held = self.path / "config.json"
-        ours = {"hash": self.config_hash, "identity": self.identity, "requested": requested}
-        if not held.exists():
-            if any(path.name != LOCK for path in self.path.iterdir()):
+        self.requested = requested
+        if not (self.path / "config.json").exists():
+            # Hidden files may be left of a start that was killed.
+            if any(not path.name.startswith(".") for path in self.path.iterdir()):
                 raise ValueError(f"{self.path} is not empty and holds no run: choose another run name or runs folder.")
-            write_json(held, ours)
-            return
-        difference = self.difference()
-        if not difference:
-            return
-        if not change:
+            self._write_config()
+        elif not change and (difference := self.difference()):
             raise ValueError(
                 f"{self.path} holds a run of another configuration ({difference}): choose another run name, leave run "
                 "out to have one made, delete that folder, or say change=True to go on with the new settings."
             )
-        log.warning("run %s goes on with changed settings: %s.", self.name, difference)
-        changed = [*self.manifest.get("changed", []), {"time": now(), "difference": difference}]
-        self.update(changed=changed, status="changed")
-        write_json(held, ours)
+
+    def adopt(self) -> None:
+        """Put this configuration in the place of another that the directory holds; log and note the difference."""
+        difference = self.difference()
+        if difference:
+            log.warning("run %s goes on with changed settings: %s.", self.name, difference)
+            changed = [*self.manifest.get("changed", []), {"time": now(), "difference": difference}]
+            self.update(changed=changed, status="changed")
+            self._write_config()
+
+    def _write_config(self) -> None:
+        ours = {"hash": self.config_hash, "identity": self.identity, "requested": self.requested}
+        write_json(self.path / "config.json", ours)
 
     def difference(self) -> str:
         """Say in which settings the run on the disk differs from this one; empty when in none."""

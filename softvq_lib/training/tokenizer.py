@@ -1,6 +1,7 @@
 """Train a tokenizer with the whole objective (Eq. 7, Sec. 4.1)."""
 
 import logging
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -148,12 +149,6 @@ class TokenizerTrainer(Trainer):
             for net in (tokenizer.encoder, tokenizer.decoder, *filter(None, (networks.perceptual, networks.teacher))):
                 net.compile()
 
-    @property
-    def checkpoint_bytes(self) -> int:
-        """About how large a checkpoint is: weights, their average and two moments of each."""
-        modules = (self.bare, *self.parts.values())
-        return 4 * sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
-
     def _hold(self, module: nn.Module, inputs: tuple[Tensor]) -> None:
         self.last_input = inputs[0].detach()
 
@@ -177,7 +172,7 @@ class TokenizerTrainer(Trainer):
     def backward(self, part: Batch, first: int, share: float) -> dict[str, Tensor]:
         config, networks, images = self.loss_config, self.networks, part.images
         with self._autocast():
-            teacher = self.seen(part)
+            teacher = self.seen(part, self.micro_batch)
             try:
                 reconstructions, code, aligned = self.model(images, self.draws("tokenizer", first), teacher)
             except NotFiniteError as error:
@@ -285,7 +280,11 @@ class TokenizerTrainer(Trainer):
         return row
 
     def export(self, model: Tokenizer) -> None:
-        model.eval().save_pretrained(self.run.path / "tokenizer")
+        made, part = (self.run.path / name for name in ("tokenizer", ".tokenizer.part"))
+        shutil.rmtree(part, ignore_errors=True)
+        model.eval().save_pretrained(part)
+        shutil.rmtree(made, ignore_errors=True)
+        part.rename(made)
 
 
 def math_is_fine(each: dict[str, Tensor]) -> bool:
@@ -296,31 +295,45 @@ def math_is_fine(each: dict[str, Tensor]) -> bool:
 class _Teacher:
     """The teacher's tokens of a batch; computed once an image where images come unchanged every time.
 
-    They are kept as they were computed, in batches of one size, so that a run that goes on after an interruption
-    computes the very same again.
+    They are kept of batches of one size alone, whose bits do not depend on an image's neighbours: a run that goes on
+    after an interruption computes the very same again. An image is known by its pixels too, because those that are not
+    square are cropped at another place each time.
     """
 
     MOST = 2**31  # bytes
 
     def __init__(self, networks: Networks, unchanging: int):
         self.networks, self.images, self.kept = networks, unchanging, None
-        self.known = torch.zeros(unchanging, dtype=torch.bool)
+        self.pixels = torch.zeros(unchanging, dtype=torch.int64)  # a checksum of each; 0: not seen yet
+        self.size = 0
 
-    def __call__(self, part: Batch) -> Tensor | None:
+    def __call__(self, part: Batch, size: int) -> Tensor | None:
+        """Return tokens (b, n, c) of a part; `size` is that of all parts of a batch but perhaps the last."""
         if self.networks.teacher is None:
             return None
-        if self.images and bool(self.known[part.indices].all()):
+        if size != self.size:  # the first call, or memory has run out
+            self.size, self.kept = size, None
+            self.pixels.zero_()
+        if not self.images or len(part) != size:
+            return self.networks.teacher_tokens(part.images)
+        pixels = _checksums(part.images)
+        if torch.equal(self.pixels[part.indices], pixels):
             return self.kept[part.indices].to(part.images.device)
         tokens = self.networks.teacher_tokens(part.images)  # (b, n, c)
-        if self.images and self.kept is None:
+        if self.kept is None:
             if self.images * tokens[0].numel() * tokens.element_size() > self.MOST:
                 self.images = 0
-            else:
-                self.kept = torch.empty(self.images, *tokens.shape[1:], dtype=tokens.dtype)
-        if self.images:
-            self.kept[part.indices] = tokens.cpu()
-            self.known[part.indices] = True
+                return tokens
+            self.kept = torch.empty(self.images, *tokens.shape[1:], dtype=tokens.dtype)
+        self.kept[part.indices], self.pixels[part.indices] = tokens.cpu(), pixels
         return tokens
+
+
+def _checksums(images: Tensor) -> Tensor:
+    """Return a 64-bit number of each image (b, 3, height, width), (b,) on the CPU, that no other is likely to have."""
+    bits = images.float().flatten(1).view(torch.int32).long()  # (b, 3 height width)
+    places = torch.arange(1, bits.shape[1] + 1, device=bits.device)
+    return ((bits ^ (places * 0x9E3779B97F4A7C1)) * (2 * places + 1)).sum(1).cpu()
 
 
 def _picture(path: Path, images: Tensor) -> None:

@@ -86,6 +86,12 @@ class Trainer:
             self.peaks[name] = lr
         return part
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """About how large a checkpoint is: weights, their average and two moments of each."""
+        modules = (self.bare, *self.parts.values())
+        return 4 * sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
+
     # -- state ---------------------------------------------------------------------------------------------------
 
     def _averaged(self) -> dict[str, Tensor]:
@@ -117,11 +123,18 @@ class Trainer:
             torch.distributed.broadcast_object_list(found)
         if found[0]:
             self.step, tensors = checkpoint.load(found[0])
+            if self.step > self.settings.steps:
+                raise ValueError(
+                    f"steps={self.settings.steps}, but run {self.run.name} is at step {self.step} already."
+                )
             with self.average.applied():
                 checkpoint.load_module("ema", self.model, tensors)
             checkpoint.load_module("model", self.model, tensors)
             for name, part in self.parts.items():
-                part.load_state_dict(checkpoint.part(tensors, name))
+                if checkpoint.part(tensors, name) or not part.state_dict():
+                    checkpoint.load_module(name, part, tensors)
+                else:
+                    log.warning("the checkpoint has no %s: it starts anew.", name)
             for name, optimizer in self.optimizers.items():
                 checkpoint.load_optimizer(f"{name}_optimizer", self._owner(name), optimizer, tensors)
             self.sums = {name: (row[0], int(row[1])) for name, row in checkpoint.part(tensors, "row").items()}
@@ -151,7 +164,8 @@ class Trainer:
             except Exception as error:
                 from accelerate.utils.memory import should_reduce_batch_size
 
-                if not should_reduce_batch_size(error) or self.micro_batch == 1:
+                short = isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+                if not short or self.micro_batch == 1:
                     raise
             self._halve()
         norms = {}
@@ -251,8 +265,9 @@ class Trainer:
         settings, run = self.settings, self.run
         began = now()
         self._restore()
-        first = self.step
+        first = recorded = self.step
         if self.main:
+            run.adopt()  # only now: the state of the run is known to fit the configuration
             run.update(
                 status="running",
                 started=run.manifest.get("started", began),
@@ -295,16 +310,15 @@ class Trainer:
                 total, times = self.sums.get(name, (0.0, 0))
                 self.sums[name] = total + value.double(), times + 1
             if self.step % settings.log_every == 0 or self.step == settings.steps:
-                count = (self.step - 1) % settings.log_every + 1
                 names = sorted(self.sums, key=lambda name: (name != "loss", name))  # also after a restart
                 means = {name: float(self.sums[name][0]) / self.sums[name][1] for name in names}
                 self._append("metrics.jsonl", {**means, "lr": self._last_rate()})
                 seconds = time.perf_counter() - clock
-                rate = count * settings.batch_size / seconds
+                rate = (self.step - recorded) * settings.batch_size / seconds
                 timing = {"seconds": seconds, "data_seconds": waited, "images_per_second": rate, "time": now()}
                 self._append("timings.jsonl", timing)
                 bar.set_postfix_str(f"loss {means['loss']:.4f}, {rate:.0f} {self.unit}/s", refresh=False)
-                self.sums, waited, clock = {}, 0.0, time.perf_counter()
+                self.sums, waited, clock, recorded = {}, 0.0, time.perf_counter(), self.step
             pause = time.perf_counter()
             if self.step in self.measured_at:
                 self._measure()

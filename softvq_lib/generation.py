@@ -1,0 +1,204 @@
+"""The generator experiment: train or load, sample by class, judge where there is a judge, record (Fig. 1, Sec. 4.2)."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from softvq_lib import config as strictly
+from softvq_lib import results as rows_of
+from softvq_lib.config import at_least
+from softvq_lib.data import DataSplits
+from softvq_lib.distributed import rank
+from softvq_lib.experiments import RecordConfig
+from softvq_lib.generators.loading import Loaded, load_generator
+from softvq_lib.generators.sampling import SampleConfig, generate
+from softvq_lib.tokenizers import Tokenizer
+from softvq_lib.training import Run
+from softvq_lib.training.generator import CONFIGS, DEFAULTS, find_tokenizer
+from softvq_lib.training.generator import train_generator as train
+
+
+@dataclass(frozen=True)
+class ShowConfig:
+    """How the finished generator is looked at.
+
+    Attributes:
+        columns: Samples of each class in the grid.
+        judged: Samples that a classifier trained on real digits judges; digits only. 0: none.
+        sample_seed: Of the samples; image i has the seed sample_seed + i.
+    """
+
+    columns: int = 8
+    judged: int = 0
+    sample_seed: int = 0
+
+    def __post_init__(self):
+        at_least("columns", self.columns, 1)
+        at_least("judged", self.judged, 0)
+        at_least("sample_seed", self.sample_seed, 0)
+
+
+GENERATOR_EXPERIMENT = (*CONFIGS, ShowConfig, RecordConfig)
+
+
+@dataclass
+class GeneratorExperiment:
+    """A trained generator and samples of it.
+
+    Attributes:
+        run: The run on the disk.
+        data: The data set whose latents it was trained on.
+        tokenizer: Decodes its latents.
+        loaded: The generator with the statistics of the latents.
+        settings: How the samples were made.
+        columns: Samples of each class in `grid`.
+        seed: Of the first sample.
+        judgement: What the judge of digits found, {} without one.
+    """
+
+    run: Run
+    data: DataSplits
+    tokenizer: Tokenizer
+    loaded: Loaded
+    settings: SampleConfig
+    columns: int
+    seed: int
+    judgement: dict = field(default_factory=dict)
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, of data without labels one."""
+        return self.data.classes or ["image"]
+
+    def sample(self, labels: Tensor, seed: int, progress=None) -> Tensor:
+        """Generate images of the classes `labels` (b,), float32 (b, 3, height, width) in [-1, 1]."""
+        seeds = range(seed, seed + len(labels))
+        latents = generate(self.loaded.model, labels, list(seeds), self.settings, progress=progress)
+        z = self.loaded.denormalise(latents)
+        with torch.no_grad():
+            return torch.cat([self.tokenizer.decode(part) for part in z.split(64)]).clamp(-1, 1)
+
+    @property
+    def labels(self) -> Tensor:
+        """Classes of `grid`: at most ten, `columns` samples of each."""
+        return torch.arange(min(10, len(self.classes))).repeat_interleave(self.columns)
+
+    @cached_property
+    def grid(self) -> Tensor:
+        """Samples by class, (b, 3, height, width) in [-1, 1]."""
+        return self.sample(self.labels, self.seed)
+
+    def __str__(self) -> str:
+        identity = self.run.identity
+        lines = [
+            f"{identity['generator']} {identity['size']}, {identity['tokens']} tokens x {identity['dim']}, "
+            f"{self.run.manifest['parameters'] / 1e6:.2f} M parameters, {identity['steps']} steps"
+        ]
+        for name, value in self.judgement.items():
+            if isinstance(value, dict) and "value" in value:
+                low, high = value.get("low"), value.get("high")
+                interval = "" if low is None else f"  [{low:.3f}, {high:.3f}]"
+                lines.append(f"{name.replace('_', ' '):34}{value['value']:8.3f}{interval}")
+        return "\n".join(lines)
+
+
+def train_generator(**values: object) -> GeneratorExperiment | None:
+    """Train (or load) a generator on a tokenizer's latents, sample it, judge the samples, and record rows if asked to.
+
+    Of several processes that train together the first samples and returns the experiment; the others return None.
+
+    Args:
+        values: Fields of `LatentConfig`, `GeneratorConfig`, `DataConfig`, `TrainConfig`, `SampleConfig`, `ShowConfig`
+            and `RecordConfig`.
+
+    Raises:
+        ValueError: for a parameter that is unknown (the nearest is named) or out of range, and for a tokenizer, data
+            or folders that cannot be used.
+    """
+    values = DEFAULTS | values
+    _, _, data_config, settings, samples, show, record = strictly.split(values, *GENERATOR_EXPERIMENT)
+    if show.judged and data_config.dataset != "digits":
+        raise ValueError(f"judged={show.judged} needs dataset='digits', whose judge is a classifier of digits.")
+    mine = {**strictly.fields_of(ShowConfig), **strictly.fields_of(RecordConfig)}
+    run = train(**{name: value for name, value in values.items() if name not in mine})
+    if rank():
+        return None
+    loaded = load_generator(run.path / "generator")
+    experiment = GeneratorExperiment(
+        run=run,
+        data=run.data,
+        tokenizer=find_tokenizer(loaded.tokenizer, settings.runs),
+        loaded=loaded,
+        settings=samples,
+        columns=show.columns,
+        seed=show.sample_seed,
+    )
+    if show.judged:
+        experiment.judgement = _judge(experiment, show.judged)
+    if record.results:
+        _record(experiment, Path(record.results))
+    return experiment
+
+
+def _judge(experiment: GeneratorExperiment, count: int) -> dict:
+    from softvq_lib.evaluation.generated import digit_classifier, judge
+
+    labels = torch.arange(count) % len(experiment.classes)
+    images = experiment.sample(labels, 1_000_000 + experiment.seed)
+    return judge(images, labels, digit_classifier())
+
+
+def _record(experiment: GeneratorExperiment, folder: Path) -> None:
+    from torchvision.utils import save_image
+
+    run = experiment.run
+    common = {
+        "experiment": "train_generator",
+        "run": run.name,
+        "seed": run.identity["seed"],
+        "source": "measured",
+        "data": run.manifest["data"]["name"],
+        "data_fingerprint": run.manifest["data"]["fingerprint"],
+        "config": run.identity | {f"sampling_{k}": v for k, v in vars(experiment.settings).items() if v is not None},
+        "config_hash": run.config_hash,
+        "device": run.manifest["device_name"],
+        "precision": run.manifest["precision"],
+        **rows_of.origin(),
+        "code": run.manifest["code"],
+    }
+    curve = [[row["step"], row["val_loss"]] for row in run.metrics if "val_loss" in row]
+    grid = run.path / "images" / "grid.png"
+    grid.parent.mkdir(exist_ok=True)
+    save_image(
+        experiment.grid, grid, nrow=experiment.columns, normalize=True, value_range=(-1, 1), padding=1, pad_value=1
+    )
+    first = {
+        **common,
+        "metric": "val_loss",
+        "value": float(curve[-1][1]),
+        "low": None,
+        "high": None,
+        "interval": "",
+        "n": 256,
+        "curve": curve,
+        "train_seconds": run.seconds,
+        "pictures": rows_of.keep_pictures(folder / "train_generator", {f"{run.name}-grid.png": grid}),
+    }
+    rows = [first]
+    for name, value in experiment.judgement.items():
+        if isinstance(value, dict) and "value" in value:
+            entry = {key: value.get(key) for key in ("low", "high")}
+            rows.append(
+                {
+                    **common,
+                    "metric": name,
+                    "value": float(value["value"]),
+                    **entry,
+                    "interval": value.get("interval", ""),
+                    "n": int(value["n"]),
+                }
+            )
+    rows_of.append(folder / "train_generator.jsonl", rows)
