@@ -16,10 +16,10 @@ unexport PYTHONHOME
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test notebooks book serve lint
+.PHONY: help setup train test test-faults notebooks book serve lint
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## create the virtual environment and install the project into it
 
@@ -47,6 +47,9 @@ test: $(STAMP) ## run all tests: pytest, then the notebooks against their stored
 	$(BIN)/python -m pytest || failed=1; \
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 book || failed=1; \
 	exit $$failed
+
+test-faults: $(STAMP) ## kill 200 training runs and compare how they end: some minutes
+	$(BIN)/python -m pytest -m slow tests
 
 lint: $(STAMP) ## check style: ruff's linter and formatter
 	$(BIN)/ruff check .

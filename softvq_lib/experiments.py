@@ -12,6 +12,7 @@ from softvq_lib.data import DataSplits
 from softvq_lib.distributed import rank
 from softvq_lib.evaluation import bootstrap_mean, pca_psnr
 from softvq_lib.training import Reconstruction, Run, reconstruct
+from softvq_lib.training.engine import choose_device
 from softvq_lib.training.tokenizer import CONFIGS, train
 
 
@@ -26,6 +27,7 @@ class RecordConfig:
     results: str | None = None
 
 
+PCA_MOST = 64  # pixels
 TOKENIZER_EXPERIMENT = (*CONFIGS, RecordConfig)
 
 _OF_JUPYTER = {"In", "Out", "exit", "quit", "get_ipython", "open"}
@@ -54,7 +56,7 @@ class TokenizerExperiment:
         run: The run on the disk.
         data: The data set that it was trained and measured on.
         measured: PSNR by image, codebook usage, some reconstructions.
-        pca: PSNR by image of the linear baseline, by number of components.
+        pca: PSNR by image of the linear baseline, by number of components; {} for images above `PCA_MOST` pixels.
     """
 
     run: Run
@@ -113,13 +115,16 @@ def train_tokenizer(**values: object) -> TokenizerExperiment | None:
     run = train(**{name: value for name, value in values.items() if name not in strictly.fields_of(RecordConfig)})
     if rank():
         return None
-    image_size = run.identity["image_size"]
+    image_size, device = run.identity["image_size"], choose_device(settings.device)
     data = run.data  # opening reads every file for the fingerprint: once is enough
     experiment = TokenizerExperiment(
         run=run,
         data=data,
-        measured=reconstruct(run.tokenizer, data.validation, limit=settings.val_images),
-        pca=pca_psnr(data.train, data.validation, image_size=image_size, limit=settings.val_images),
+        measured=reconstruct(run.tokenizer.to(device), data.validation, limit=settings.val_images),
+        # Of larger images the matrix would not fit into memory.
+        pca=pca_psnr(data.train, data.validation, image_size=image_size, limit=settings.val_images)
+        if image_size <= PCA_MOST
+        else {},
     )
     if record.results:
         _record(experiment, Path(record.results), data_config.dataset in _SHOWABLE)

@@ -25,7 +25,7 @@ NAMES = {
     "dinov2-b": ("vit_base_patch14_dinov2.lvd142m", "DINOv2-B"),
     "dinov2-l": ("vit_large_patch14_dinov2.lvd142m", "DINOv2-L"),
     "clip-b": ("vit_base_patch16_clip_224.openai", "CLIP-B"),
-    "eva02-b": ("eva02_base_patch14_224.mim_in22k", "EVA02-B"),
+    "eva02-b": ("eva02_base_patch16_clip_224.merged2b", "EVA02-B"),
     "dino-s": ("vit_small_patch16_224.dino", "DINO-S"),
 }
 PACKAGED = ("efflite0", "efflite1", "efflite2")
@@ -206,6 +206,7 @@ def build_features(
         net.reset_classifier(0)
     if name in PACKAGED:
         fold(net.eval())
+        _guard_strided(net)
     fixed = image_size if transformer else None
     if not transformer and net.pretrained_cfg.get("fixed_input_size"):
         fixed = net.pretrained_cfg["input_size"][-1]
@@ -287,6 +288,30 @@ def fold(net: nn.Module) -> None:
             fused = nn.utils.fusion.fuse_conv_bn_eval(getattr(block, convolution), old)
             setattr(block, convolution, fused)
             setattr(block, norm, old.act)
+
+
+class _Strided(nn.Module):
+    """A depthwise convolution with a stride, outside autocast on the CPU.
+
+    There bf16 has no fast kernel for its gradient: four of them took more than half of EffLite1's backward pass.
+    """
+
+    def __init__(self, convolution: nn.Module):
+        super().__init__()
+        self.convolution = convolution
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return self.convolution(x)
+        with torch.autocast("cpu", enabled=False):
+            return self.convolution(x.float())
+
+
+def _guard_strided(net: nn.Module) -> None:
+    for block in list(net.modules()):
+        for name, layer in list(block.named_children()):
+            if isinstance(layer, nn.Conv2d) and layer.groups > 1 and layer.stride != (1, 1):
+                setattr(block, name, _Strided(layer))
 
 
 def fingerprint_of(net: nn.Module) -> str:

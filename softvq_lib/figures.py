@@ -100,13 +100,13 @@ TERMS = {
     "codebook": "codebook",
     "commit": "commitment",
     "adversarial_weight": "adaptive weight",
-    "discriminator": "discriminator, hinge",
+    "discriminator": "hinge loss of D",
     "consistency": "consistency",
     "lecam": "LeCAM",
     "logits_real": "logits, real",
     "logits_fake": "logits, decoded",
     "gradient_norm": "gradient norm",
-    "discriminator_gradient_norm": "gradient norm, discriminator",
+    "discriminator_gradient_norm": "gradient norm, D",
 }
 
 
@@ -128,8 +128,9 @@ def terms(curves: dict[str, list], start: int | None = None):
             axis.axvline(start, color=OKABE_ITO["grey"], linestyle="--", linewidth=0.8)
     for axis in axes.flat[len(names) :]:
         axis.set_axis_off()
-    for axis in axes[-1]:
+    for axis in axes.flat[max(0, len(names) - columns) : len(names)]:  # the lowest of each column
         axis.set_xlabel("step")
+        axis.tick_params(labelbottom=True)
     return figure
 
 

@@ -59,6 +59,35 @@ def reconstruction(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+# Measurements of generated images and their column heads.
+_JUDGED = {"agreement": "class agreement", "precision": "precision", "recall": "recall", "copied": "too near to training"}
+
+
+def generation(rows: list[dict]) -> str:
+    """One line a recorded generator: what it is, its held-out loss, what the judge found, training time."""
+    runs = _by_run(rows)
+    if not runs:
+        return "*No rows have been recorded.*"
+    judged = [name for name in _JUDGED if any(name in metrics for metrics in runs)]
+    heads = ["generator", "data", "tokens × dim", "steps", "guidance", "held-out loss", *map(_JUDGED.get, judged)]
+    lines = ["| " + " | ".join([*heads, "minutes"]) + " |", "|---|---|---|--:|--:|--:|" + "--:|" * (len(judged) + 1)]
+    for metrics in runs:
+        row = metrics["val_loss"]
+        config = row["config"]
+        cells = [
+            f"{config['generator'].upper().replace('IT', 'iT')}, {config['size']}",
+            row["data"],
+            f"{config['tokens']} × {config['dim']}",
+            f"{config['steps']:,}",
+            f"{config.get('sampling_guidance_scale', 1.0):g}",
+            f"{row['value']:.3f}",
+            *(_interval(metrics[name], 3) if name in metrics else "–" for name in judged),
+            f"{row['train_seconds'] / 60:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def forward_cost(rows: list[dict]) -> str:
     """One line a measured forward pass: milliseconds a batch to encode and decode, and memory."""
     runs = _by_run([row for row in rows if row["run"].startswith("forward-")])

@@ -13,6 +13,7 @@ os.environ.update(
     HF_DATASETS_OFFLINE="1",
     MPLBACKEND="Agg",
     OMP_NUM_THREADS="2",
+    OMP_WAIT_POLICY="PASSIVE",  # waiting threads that spin take the processors from each other
     MKL_NUM_THREADS="2",
     TOKENIZERS_PARALLELISM="false",
 )

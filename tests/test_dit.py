@@ -232,7 +232,16 @@ def test_half_precision_weights_sample_in_fp32(model):
     assert x.dtype == torch.float32 and x.isfinite().all()
 
 
-def test_a_trained_model_generates_its_classes():
+@pytest.fixture
+def one_thread():
+    """Many small operations on a busy machine: threads that wait for each other would take minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_trained_model_generates_its_classes(one_thread):
     """Two classes at +1 and -1 in every channel, deviation 0.1."""
     torch.manual_seed(0)
     model = small(tokens=2, dim=2, classes=2, depth=1, width=32)

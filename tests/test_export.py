@@ -117,7 +117,7 @@ def test_images_do_not_depend_on_batches_or_shards(done, bundle, tokenizer, tmp_
     difference = pixels(tmp_path / "other").astype(int) - pixels(done)
     assert np.abs(difference).max() <= 1 and (difference != 0).mean() < 0.01
     run(bundle, tokenizer, tmp_path / "seed", seed=1)
-    assert (pixels(tmp_path / "seed") != pixels(done)).mean() > 0.5
+    assert (pixels(tmp_path / "seed") != pixels(done)).mean() > 0.1
 
 
 @pytest.mark.parametrize("calls", [1, 3, 5])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_training import Interrupted, small
+from test_training import interrupt, same_files, small
 
 from softvq_lib.tokenizers import VQ
 from softvq_lib.training import reconstruct, train
@@ -165,22 +165,11 @@ def test_every_quantizer_trains(kind, tmp_path):
 def test_what_draws_at_random_goes_on_exactly(kind, tmp_path, monkeypatch):
     settings = {"steps": 6, "checkpoint_every": 2, "codebook_size": 32, "log_every": 1, **KINDS[kind]}
     whole = train(**small(tmp_path / "a", **settings))
-    update = trainer._Trainer._update
-
-    def failing(self, *arguments):
-        if self.step == 3:
-            raise Interrupted
-        return update(self, *arguments)
-
-    monkeypatch.setattr(trainer._Trainer, "_update", failing)
-    with pytest.raises(Interrupted):
-        train(**small(tmp_path / "b", **settings))
-    monkeypatch.undo()
+    interrupt(monkeypatch, 3, **small(tmp_path / "b", **settings))
     torch.manual_seed(123)  # nothing may depend on torch's own generator
     resumed = train(**small(tmp_path / "b", **settings))
     assert resumed.manifest["resumed_at"] == [2]
-    for name in ("metrics.jsonl", "tokenizer/model.safetensors", "checkpoints/step-00000006.safetensors"):
-        assert (whole.path / name).read_bytes() == (resumed.path / name).read_bytes()
+    same_files(whole, resumed, "checkpoints/step-00000006.safetensors")
 
 
 def test_an_encoder_that_breaks_is_named_with_its_step(tmp_path, monkeypatch):
@@ -192,7 +181,7 @@ def test_an_encoder_that_breaks_is_named_with_its_step(tmp_path, monkeypatch):
         return model, config
 
     monkeypatch.setattr(trainer, "_build", broken)
-    monkeypatch.setattr(trainer._Trainer, "_measure", lambda self: None)
+    monkeypatch.setattr(trainer.TokenizerTrainer, "_measure", lambda self: None)
     with pytest.raises(FloatingPointError, match="step 0: z_hat holds NaN.*batch rows 0, 1.*images"):
         train(**small(tmp_path, steps=2, quantizer="ae"))
 

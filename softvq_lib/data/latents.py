@@ -8,7 +8,7 @@ mirror image; `labels` (n,), -1 where there is none; `indices` (n,), numbers in 
 import hashlib
 import json
 import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -106,7 +106,10 @@ class LatentCache:
         self.folder, self.header = Path(folder), header
         self.tokens, self.dim, self.flips = header["tokens"], header["dim"], header["flips"]
         self.classes: list[str] | None = header["classes"]
-        self._ends = np.cumsum([entry["count"] for entry in header["shards"]])
+        counts = np.array([entry["count"] for entry in header["shards"]])
+        self._ends = np.cumsum(counts)
+        self._starts = self._ends - counts
+        self._statistics = {how: self._numbers(how) for how in NORMALISE}
         self._shards = [map_shard(self.folder / entry["name"]) for entry in header["shards"]]
 
     @classmethod
@@ -152,14 +155,15 @@ class LatentCache:
 
     def __getitem__(self, item: int) -> tuple[Tensor, int]:
         """Latents as they are stored, float32 (f, l, d), the image's and then its mirror image's, and the label."""
-        both = [self._read([item], [flip])[0] for flip in range(1 + self.flips)]
-        return torch.from_numpy(np.concatenate(both)), int(self.labels([item]))  # (f, l, d)
+        ((shard, place),) = self._places([item])
+        stored = shard["latents"][place].astype(np.float32)  # (f, l, d)
+        return torch.from_numpy(stored), int(shard["labels"][place])
 
-    def labels(self, items: Iterable[int]) -> Tensor:
+    def labels(self, items: Sequence[int]) -> Tensor:
         """Return the labels of some items, int64 (b,)."""
         return torch.tensor([int(shard["labels"][place]) for shard, place in self._places(items)])
 
-    def batch(self, items: Iterable[int], flips: Iterable[bool] | None = None, *, normalise: str = "channel") -> Tensor:
+    def batch(self, items: Sequence[int], flips: Sequence[bool] | None = None, *, normalise: str = "channel") -> Tensor:
         """Read normalised latents, float32 (b, l, d).
 
         Args:
@@ -171,7 +175,7 @@ class LatentCache:
             IndexError: there is no such item.
             ValueError: mirror images are asked for that the cache has not.
         """
-        return self.normalise(torch.from_numpy(self._read(items, flips)[0]), normalise)
+        return self._read(items, flips, normalise)[0]
 
     def statistics(self, how: str = "channel") -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation over all latents, mirror images included, float32 (d,) each.
@@ -180,6 +184,9 @@ class LatentCache:
         as 1, so that a channel that is constant stays finite.
         """
         one_of("normalise", how, NORMALISE)
+        return self._statistics[how]
+
+    def _numbers(self, how: str) -> tuple[Tensor, Tensor]:
         mean, std = (np.broadcast_to(self.header[name][how], self.dim) for name in ("mean", "std"))
         return torch.tensor(mean, dtype=torch.float32), torch.tensor(np.where(std > 0, std, 1.0), dtype=torch.float32)
 
@@ -193,18 +200,19 @@ class LatentCache:
         mean, std = self.statistics(how)
         return x * std.to(x) + mean.to(x)
 
-    def _places(self, items: Iterable[int]) -> list[tuple[dict[str, np.ndarray], int]]:
+    def _places(self, items: Sequence[int]) -> list[tuple[dict[str, np.ndarray], int]]:
         """The shard of each item, and its place there."""
         items = np.asarray(items)
         outside = items[(items < 0) | (items >= len(self))]
         if outside.size:
             raise IndexError(f"item {outside[0]} of a cache that holds {len(self)}")
         shards = np.searchsorted(self._ends, items, side="right")
-        places = items - np.concatenate([[0], self._ends])[shards]
+        places = items - self._starts[shards]
         return [(self._shards[shard], place) for shard, place in zip(shards.tolist(), places.tolist(), strict=True)]
 
-    def _read(self, items: Iterable[int], flips: Iterable[bool] | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Latents float32 (b, l, d) as they are stored, labels (b,) and numbers in the source (b,)."""
+    def _read(self, items: Sequence[int], flips: Sequence[bool] | None, how: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised latents (b, l, d), labels (b,) and numbers in the source (b,)."""
+        mean, std = self.statistics(how)
         places = self._places(items)
         mirrored = np.zeros(len(places), int) if flips is None else np.asarray(flips, int)
         if mirrored.any() and not self.flips:
@@ -215,7 +223,8 @@ class LatentCache:
             latents[row] = shard["latents"][place, flip]
             labels[row] = shard["labels"][place]
             indices[row] = shard["indices"][place]
-        return latents, labels, indices
+        normalised = torch.from_numpy(latents).sub_(mean).div_(std)
+        return normalised, torch.from_numpy(labels), torch.from_numpy(indices)
 
 
 def read_header(folder: Path) -> dict | None:
@@ -310,8 +319,7 @@ def latent_batches(
 def _batches(cache: LatentCache, order: "_Order", flip: bool, normalise: str) -> Iterator[LatentBatch]:
     for items, mirrored in order:
         flips = mirrored & flip
-        latents, labels, indices = map(torch.from_numpy, cache._read(items, flips))
-        yield LatentBatch(cache.normalise(latents, normalise), labels, indices, torch.from_numpy(flips))
+        yield LatentBatch(*cache._read(items, flips, normalise), torch.from_numpy(flips))
 
 
 class _Order(TrainingOrder):

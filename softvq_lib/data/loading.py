@@ -1,6 +1,7 @@
 """Batches in an exact order: a picture's turn and its crop depend on seed, epoch and position alone."""
 
 import os
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -66,7 +67,7 @@ def training_batches(
     An epoch is a permutation of the source cut into floor(n / batch_size) whole batches; what is left over rests
     until the next epoch. With fewer pictures than a batch holds, permutation follows permutation without a gap.
     An unreadable picture is replaced by the next readable one of the source, and reported. The order of a streamed
-    source is that of `StreamOrder`; there the next one is looked for in the same window.
+    source is that of `StreamOrder`.
 
     Args:
         source: training pictures.
@@ -92,7 +93,7 @@ def training_batches(
         order = StreamOrder(source.counts, batch_size, seed)
         lanes = _Lanes(_StreamMaker(source, image_size, seed, crop=crop, flip=flip), order, part, start_step, steps)
         made = _joined(lanes, min(worker_count(source, workers), len(lanes.lanes)))
-        return _whole(made, batch_size // part[1], min(order.window, REPLACEMENTS))
+        return _whole(made, batch_size // part[1])
     keys = TrainingOrder(len(source), batch_size, seed, start_step, steps, part)
     maker = _Maker(source, image_size, seed, crop=crop, flip=flip)
     return _whole(_loader(maker, keys, worker_count(source, workers)), batch_size // part[1])
@@ -206,17 +207,15 @@ class _Maker(Dataset):
 
 
 class _StreamMaker(_Maker):
-    """Makes parts of batches from streamed pictures; in place of its number a key holds the window and place of each."""
+    """Makes parts of batches from streamed pictures; a key holds number and undecoded row of each."""
 
-    def _read(self, held: tuple[list, int], unreadable: list) -> tuple | None:
-        window, place = held
-        for offset in range(min(len(window), 1 + REPLACEMENTS)):
-            index, row = window[(place + offset) % len(window)]
-            try:
-                return *self.source.read(index, row), index
-            except UnreadableImage as error:
-                unreadable.append((error.index, error.name, error.reason))
-        return None
+    def _read(self, held: tuple[int, dict], unreadable: list) -> tuple | None:
+        index, row = held
+        try:
+            return *self.source.read(index, row), index
+        except UnreadableImage as error:
+            unreadable.append((error.index, error.name, error.reason))
+        return super()._read((index + 1) % len(self.source), unreadable)
 
 
 class _Lanes(IterableDataset):
@@ -243,9 +242,9 @@ class _Lanes(IterableDataset):
 
 def _joined(lanes: _Lanes, workers: int) -> Iterator[tuple]:
     """The parts that the workers made of each batch, put together: the loader takes from them in turn."""
-    loader = _loader(lanes, None, workers)
     parts = []
-    for made in loader:
+    # As many pictures are made ahead as workers with whole batches would make.
+    for made in _loader(lanes, None, workers, ahead=2 * workers):
         if isinstance(made, ValueError):
             raise made
         parts.append(made)
@@ -259,23 +258,30 @@ def _as_is(made: tuple) -> tuple:
     return made
 
 
-def _loader(maker: Dataset, keys, workers: int) -> DataLoader:
+def _outlive_sigterm(worker: int) -> None:
+    """Leave it to the main process to stop: schedulers send the signal to the whole group."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _loader(maker: Dataset, keys, workers: int, ahead: int = 2) -> DataLoader:
     return DataLoader(
         maker,
         batch_sampler=keys,
         # Batches come whole from `maker` in any case; None with no sampler tells the loader to leave them so.
         batch_size=None if keys is None else 1,
         num_workers=workers,
+        prefetch_factor=ahead if workers else None,
         collate_fn=_as_is,
+        worker_init_fn=_outlive_sigterm,
         # A generator of its own: the loader would otherwise draw from, and so advance, the global one.
         generator=torch.Generator(),
     )
 
 
-def _whole(made: Iterable[tuple], batch_size: int, tried: int = REPLACEMENTS) -> Iterator[Batch]:
+def _whole(made: Iterable[tuple], batch_size: int) -> Iterator[Batch]:
     for pixels, labels, indices, unreadable in made:
         if len(labels) < batch_size:
-            raise ValueError(_none_readable(f"{tried} images in a row are unreadable", unreadable))
+            raise ValueError(_none_readable(f"{REPLACEMENTS} images in a row are unreadable", unreadable))
         yield Batch(to_tensor(pixels), labels, indices, unreadable)
 
 

@@ -55,6 +55,8 @@ class ParquetShard:
         """The rows `start`, `start` + 1, ...: columns by name. One row group is held in memory."""
         columns = [_top(column) for column in (self.image, self.label) if column is not None]
         with self._opened() as table:
+            if table.metadata.num_rows != self.count:
+                raise EOFError("it has changed since work began")
             # One at a time: a reader of all of them would fetch, and keep, far more than is asked for.
             for group in range(int(np.searchsorted(self.ends, start, "right")), len(self.ends)):
                 held = table.read_row_group(group, columns=columns, use_threads=False)

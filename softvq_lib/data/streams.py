@@ -162,11 +162,11 @@ class StreamOrder:
 
     def lane(
         self, source: StreamedSource, lane: int, start_step: int
-    ) -> Iterator[tuple[int, int, tuple[list[tuple[int, dict[str, Any]]], int]]]:
+    ) -> Iterator[tuple[int, int, tuple[int, dict[str, Any]]]]:
         """Read a lane from a step on, without end.
 
         Yields:
-            Epoch, position in the epoch, and the picture: its window, as of `StreamedSource.rows`, and its place there.
+            Epoch, position in the epoch, and number and undecoded row of the picture.
         """
         epoch, step = divmod(start_step, self.steps)
         place = step * self.share
@@ -178,7 +178,7 @@ class StreamOrder:
                 window = [next(rows) for _ in turns]
                 for turn in turns[place - number * self.window :]:
                     step, row = divmod(place, self.share)
-                    yield epoch, step * self.batch_size + lane * self.share + row, (window, turn)
+                    yield epoch, step * self.batch_size + lane * self.share + row, window[turn]
                     place += 1
                 number += 1
             epoch, place = epoch + 1, 0

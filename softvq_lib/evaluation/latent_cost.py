@@ -28,11 +28,11 @@ def latent_reading_ratio(
 ) -> dict[str, object]:
     """Read random batches, normalised and with random flips, in both ways and in turns; both give the same numbers.
 
-    The latents are those of a random tokenizer on digits. Their files are in the system's memory by then, so that
+    The latents are those of a random tokenizer on shapes. Their files are in the system's memory by then, so that
     what counts is the reader's work and not the disk.
 
     Args:
-        items: Images, at most 4000.
+        items: Images.
         batches: Read in a round.
         shard_size: Images to a shard of the cache; few, so that a batch meets nearly all shards, as in a large cache.
         folder: Where the files are written for the time being; None: the system's place for temporary files.
@@ -50,7 +50,7 @@ def latent_reading_ratio(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         tokenizer = Tokenizer.from_preset("tiny", quantizer="ae", tokens=tokens, dim=dim).eval()
-    data = open_dataset(DataConfig(limit=items), tokenizer.config.image_size)
+    data = open_dataset(DataConfig("shapes", limit=items), tokenizer.config.image_size)
     with tempfile.TemporaryDirectory(dir=folder) as place:
         cache = encode_dataset(tokenizer, data, Path(place, "cache"), shard_size=shard_size, progress=False)
         single = _single_files(cache, Path(place, "files"))

@@ -107,5 +107,10 @@ def adaptive(
     for t, s in pairwise(points):
         middle = (t + s) / 2
         span = torch.tensor([t, s], dtype=x.dtype, device=x.device)
-        x = odeint(lambda at, y, level=middle: field(y, float(at), level), x, span, rtol=rtol, atol=atol)[-1]
+        # A step ends on the last time; without that option it goes beyond and comes back by interpolation.
+        options = {"step_t": span[1:]}
+        x = odeint(
+            lambda at, y, level=middle: field(y, float(at), level), x, span, rtol=rtol, atol=atol, options=options
+        )
+        x = x[-1]  # (b, l, d)
     return x

@@ -59,10 +59,11 @@ class _VGG(nn.Module):
 
     def __init__(self, lpips: nn.Module):
         super().__init__()
-        self.scaling, self.net = lpips.scaling_layer, lpips.net
+        # On the CPU, channels last takes .65 of the time forwards and .9 with the gradient (256 px).
+        self.scaling, self.net = lpips.scaling_layer, lpips.net.to(memory_format=torch.channels_last)
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        return list(self.net(self.scaling(images)))
+        return list(self.net(self.scaling(images).contiguous(memory_format=torch.channels_last)))
 
 
 def build_perceptual(name: str, image_size: int, *, pretrained: bool = True) -> Perceptual:

@@ -62,7 +62,7 @@ def newest(folder: Path) -> Path | None:
             if json.loads(path.with_suffix(".json").read_text())["sha256"] != _sha256(path):
                 raise ValueError("its checksum is wrong")
             return path
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("checkpoint %s is damaged (%s): the one before it is used.", path.name, error)
     return None
 

@@ -135,6 +135,8 @@ class TokenizerTrainer(Trainer):
                 "vq_ema, vq_revive and vq_kmeans write into the codebook, which FSDP shards: leave them out, or train "
                 "with DDP."
             )
+        if config.vq_revive is not None or config.vq_kmeans:
+            self.written = tuple(p for p in tokenizer.quantizer.parameters() if p.requires_grad)
         self.data_config, self.loss_config = data_config, loss_config
         self.networks = networks.to(self.device)
         if networks.discriminator is not None:

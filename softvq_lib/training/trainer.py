@@ -45,6 +45,7 @@ class Trainer:
     """
 
     unit = "images"
+    written: tuple[Tensor, ...] = ()  # trained tensors that a forward pass may write into
 
     def __init__(self, run: Run, model: nn.Module, data: DataSplits, settings: TrainConfig):
         self.run, self.data, self.settings = run, data, settings
@@ -200,7 +201,8 @@ class Trainer:
         """Run `backward` on every micro-batch; return the averages of the terms."""
         # What a forward pass changes by itself, put back if memory runs out on the way.
         modules = (self.bare, *self.parts.values())
-        held = [(x, x.clone()) for m in modules for x in (*m.buffers(), *m.parameters()) if not x.requires_grad]
+        changing = [x for m in modules for x in (*m.buffers(), *m.parameters()) if not x.requires_grad]
+        held = [(x, x.detach().clone()) for x in (*changing, *self.written)]
         self.model.train()
         terms: dict[str, Tensor] = {}
         try:

@@ -1,0 +1,489 @@
+"""WebDataset shards and streaming: an order that processes, workers and restarts cannot change, and damaged shards."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import tarfile
+
+import datasets
+import fsspec
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from softvq_lib.data import (
+    DataConfig,
+    UnreadableLog,
+    open_dataset,
+    shards,
+    streams,
+    training_batches,
+    validation_batches,
+)
+from softvq_lib.data.images import fit, to_tensor
+from softvq_lib.data.streams import StreamOrder
+
+TRAIN, VALIDATION = (37, 5, 41, 20), 12  # images in each shard; the numbers of the images run through all of them
+
+
+def encoded(number):
+    """A picture that tells its number: number // 16 in red and number % 16 in green, twelvefold."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (number // 16 * 12, number % 16 * 12, 7)).save(file, "png")
+    return file.getvalue()
+
+
+def write_tar(path, samples):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in samples:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def samples(numbers, broken=()):
+    for number in numbers:
+        yield f"{number:04d}.png", b"junk" if number in broken else encoded(number)
+        yield f"{number:04d}.cls", str(number % 3).encode()
+
+
+def write_parquet(path, numbers, broken=(), rows=7):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [{"bytes": b"junk" if n in broken else encoded(n), "path": None} for n in numbers]
+    table = datasets.Dataset.from_dict({"image": images, "label": [n % 3 for n in numbers]})
+    table.to_parquet(str(path), batch_size=rows)  # rows of a row group
+    return path
+
+
+def write(folder, kind, broken=()):
+    """Shards of `TRAIN` and `VALIDATION` images; their numbers follow the names of the shards."""
+    first = 0
+    for shard, count in enumerate((*TRAIN, VALIDATION)):
+        name = f"train-{shard}" if shard < len(TRAIN) else "val-0"
+        numbers = range(first, first + count)
+        if kind == "tar":
+            write_tar(folder / f"{name}.tar", samples(numbers, broken))
+        else:
+            write_parquet(folder / f"{name}.parquet", numbers, broken)
+        first += count
+    return folder
+
+
+@pytest.fixture(scope="module", params=["tar", "parquet"])
+def folder(request, tmp_path_factory):
+    return write(tmp_path_factory.mktemp("shards") / "greys", request.param)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Lanes and windows that so few images have several of."""
+    monkeypatch.setattr(streams, "LANES", 4)
+    monkeypatch.setattr(streams, "WINDOW", 20)
+
+
+def streamed(dataset, **options):
+    return open_dataset(DataConfig(str(dataset), streaming=True, **options), 8)
+
+
+def train(source, steps, **options):
+    defaults = {"image_size": 8, "batch_size": 8, "seed": 0, "workers": 0}
+    return list(training_batches(source, steps=steps, **(defaults | options)))
+
+
+def same(first, second):
+    return len(first) == len(second) and all(
+        torch.equal(a.images, b.images)
+        and torch.equal(a.labels, b.labels)
+        and torch.equal(a.indices, b.indices)
+        and a.unreadable == b.unreadable
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def numbers_of(images):
+    """The numbers that `encoded` pictures tell."""
+    red, green, _ = ((images[:, :, 0, 0] + 1) * 127.5).round().long().unbind(1)
+    return (red // 12 * 16 + green // 12).tolist()
+
+
+def test_a_streamed_data_set_opens_as_a_loaded_one_does(folder):
+    loaded, ours = open_dataset(DataConfig(str(folder)), 8), streamed(folder)
+    assert ours.describe() == loaded.describe() == "greys: 103 training and 12 validation images, 3 classes (0, 1, 2)"
+    assert ours.fingerprint != loaded.fingerprint
+    for split in ("train", "validation"):
+        pairs = [
+            sorted((image.tobytes(), label) for image, label in (source[i] for i in range(len(source))))
+            for source in (getattr(ours, split), getattr(loaded, split))
+        ]
+        assert pairs[0] == pairs[1] and len(pairs[0]) > 5
+    for pattern in ("*", "*.tar" if "tar" in os.listdir(folder)[0] else "*.parquet"):
+        assert streamed(folder / pattern).fingerprint == ours.fingerprint
+
+
+def test_a_streamed_batch_shows_what_its_numbers_say(folder, small):
+    for batch in train(streamed(folder).train, 14):
+        assert numbers_of(batch.images) == batch.indices.tolist()
+        assert batch.labels.tolist() == [number % 3 for number in batch.indices.tolist()]
+
+
+@pytest.mark.parametrize("batch_size", [8, 7, 10])
+def test_an_epoch_shows_every_picture_once_but_for_the_rest(folder, small, batch_size):
+    steps = 103 // batch_size
+    epochs = torch.stack([b.indices for b in train(streamed(folder).train, 3 * steps, batch_size=batch_size)])
+    epochs = epochs.reshape(3, steps * batch_size).tolist()
+    assert all(len(set(epoch)) == steps * batch_size for epoch in epochs)
+    assert set().union(*epochs) == set(range(103))
+    assert epochs[0] != epochs[1] != epochs[2] != sorted(epochs[2])
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_nothing(folder, small, workers):
+    options = {"flip": True, "crop": 1.5, "seed": 3, "start_step": 2}
+    source = streamed(folder).train
+    assert same(train(source, 15, **options), train(source, 15, workers=workers, **options))
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_processes_share_the_same_batches(folder, small, parts):
+    options = {"flip": True, "crop": 1.5, "steps": 15}
+    whole = train(streamed(folder).train, **options)
+    shares = [train(streamed(folder).train, part=(number, parts), **options) for number in range(parts)]
+    for batch, *rows in zip(whole, *shares, strict=True):
+        assert [len(row) for row in rows] == [8 // parts] * parts
+        assert torch.equal(batch.images, torch.cat([row.images for row in rows]))
+        assert torch.equal(batch.indices, torch.cat([row.indices for row in rows]))
+        assert torch.equal(batch.labels, torch.cat([row.labels for row in rows]))
+
+
+def test_a_later_start_goes_on_exactly_there(folder, small):
+    options = {"flip": True, "crop": 1.5}
+    whole = train(streamed(folder).train, 27, **options)
+    for start in (1, 2, 3, 11, 12, 13, 26, 27):  # an epoch has 12 steps, a window of a lane 2 and a half
+        assert same(whole[start:], train(streamed(folder).train, 27, start_step=start, **options))
+
+
+def test_the_crop_is_that_of_seed_epoch_and_position(tmp_path):
+    """The very generator of data sets that are not streamed."""
+    rng = np.random.default_rng(0)
+    for name in ("train", "val"):
+        pictures = [Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)) for _ in range(6)]
+        files = [io.BytesIO() for _ in pictures]
+        for picture, file in zip(pictures, files, strict=True):
+            picture.save(file, "png")
+        write_tar(tmp_path / f"{name}.tar", [(f"{i}.png", file.getvalue()) for i, file in enumerate(files)])
+    source = streamed(tmp_path).train
+    batch = train(source, 4, batch_size=2, seed=5, crop=1.5, flip=True)[3]
+    for row, index in enumerate(batch.indices.tolist()):
+        generator = np.random.default_rng((5, 1, 1, row))  # three steps to an epoch: the first positions of the second
+        pixels = fit(source[index][0], 8, generator, crop=1.5, flip=True)
+        assert torch.equal(batch.images[row], to_tensor(torch.from_numpy(pixels.copy())[None])[0])
+
+
+def test_seed_and_batch_size_decide_the_order(folder, small):
+    source = streamed(folder).train
+    orders = [
+        torch.cat([batch.indices for batch in train(source, 6, **options)]).tolist()[:42]
+        for options in ({}, {"seed": 1}, {"batch_size": 7})
+    ]
+    assert orders[0] != orders[1] and orders[0] != orders[2]
+
+
+@pytest.fixture
+def touched(monkeypatch):
+    """Counts the rows that are read from shards, and the shards by name."""
+    seen = {"rows": 0, "shards": set()}
+    for cls in (shards.TarShard, shards.ParquetShard):
+        original = cls.rows
+
+        def rows(self, start, original=original):
+            seen["shards"].add(self.name)
+            for row in original(self, start):
+                seen["rows"] += 1
+                yield row
+
+        monkeypatch.setattr(cls, "rows", rows)
+    return seen
+
+
+def test_a_process_reads_its_own_share_alone(folder, small, touched):
+    source = streamed(folder).train
+    train(source, 12, part=(1, 4))
+    assert touched["rows"] == 12 * 2
+    assert len(touched["shards"]) < len(TRAIN)
+
+
+def test_starting_anywhere_reads_one_window_of_each_lane(folder, small, touched):
+    source = streamed(folder).train
+    train(source, 30, start_step=29)
+    assert touched["rows"] <= streams.WINDOW
+
+
+def test_pictures_of_a_batch_come_from_all_over_the_data():
+    order = StreamOrder(np.full(100, 1000), 256, 0)
+    assert (order.lanes, order.share, order.window, order.steps) == (64, 4, 32, 390)
+    places = [order.pieces(0, lane, 0)[0] for lane in range(order.lanes)]
+    assert len({shard for shard, _, _ in places}) > 50
+    assert sum(after - first for lane in range(64) for _, first, after in order.pieces(0, lane, 0)) == 390 * 256
+
+
+@pytest.mark.parametrize(("batch_size", "lanes"), [(1, 1), (7, 7), (64, 64), (96, 48), (100, 50), (256, 64), (67, 1)])
+def test_lanes_follow_from_the_batch_size(batch_size, lanes):
+    assert StreamOrder(np.array([500]), batch_size, 0).lanes == lanes
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_validation_is_in_the_order_of_the_files(folder, workers):
+    source = streamed(folder).validation
+    batches = list(validation_batches(source, image_size=8, batch_size=4, limit=10, workers=workers))
+    assert [len(batch) for batch in batches] == [4, 4, 2]
+    assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(10))
+    assert numbers_of(torch.cat([batch.images for batch in batches])) == list(range(103, 113))
+
+
+def test_single_pictures_can_be_had_in_any_order(folder):
+    source = streamed(folder).train
+    numbers = [40, 41, 42, 3, 102, 0, 36, 37, 43]
+    for held in (source, pickle.loads(pickle.dumps(source))):
+        images = torch.stack([torch.from_numpy(np.asarray(held[number][0]).copy()) for number in numbers])
+        assert numbers_of(to_tensor(images)) == numbers
+    with pytest.raises(IndexError):
+        source[103]
+
+
+def test_limit_keeps_the_first_of_the_files(folder, small, touched):
+    few = streamed(folder, limit=40)
+    assert len(few.train) == 40 and len(few.validation) == 12
+    assert few.fingerprint != streamed(folder).fingerprint
+    indices = torch.cat([batch.indices for batch in train(few.train, 5)])
+    assert sorted(indices.tolist()) == list(range(40))
+    assert not {name for name in touched["shards"] if name[:7] == "train-3"}
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_pictures_are_replaced_by_the_next_and_reported(tmp_path, small, kind, workers):
+    whole = train(streamed(write(tmp_path / "whole", kind)).train, 24)
+    source = streamed(write(tmp_path / "torn", kind, broken=[41, 102])).train
+    batches = train(source, 24, workers=workers)
+    indices, were = (torch.cat([batch.indices for batch in made]).tolist() for made in (batches, whole))
+    assert indices == [{41: 42, 102: 0}.get(index, index) for index in were]
+    assert numbers_of(torch.cat([batch.images for batch in batches])) == indices
+    assert {report for batch in batches for report in batch.unreadable} == {
+        (41, f"image 4 of train-1.{kind}", "not a picture that Pillow can read"),
+        (102, f"image 19 of train-3.{kind}", "not a picture that Pillow can read"),
+    }
+    for start in (3, 14):
+        assert same(batches[start:], train(source, 24, start_step=start))
+    account = UnreadableLog(len(source))
+    with pytest.raises(ValueError, match="2 of 103 images"):
+        for batch in batches:
+            account.add(batch.unreadable)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_readable_is_an_error(tmp_path, small, workers):
+    write_tar(tmp_path / "train.tar", samples(range(16), range(16)))
+    write_tar(tmp_path / "val.tar", samples(range(4)))
+    with pytest.raises(ValueError, match=r"in a row are unreadable.*not a picture"):
+        train(streamed(tmp_path).train, 1, workers=workers)
+
+
+# -- WebDataset shards ---------------------------------------------------------------------------------------------
+
+
+def test_webdataset_shards_are_held_out_from_and_labelled(tmp_path):
+    write_tar(tmp_path / "a.tar", samples(range(20)))
+    data = open_dataset(DataConfig(str(tmp_path / "a.tar")), 8)
+    assert data.describe() == "a: 19 training and 1 validation images, 3 classes (0, 1, 2)"
+    batch = train(data.train, 1)[0]
+    assert [number % 3 for number in numbers_of(batch.images)] == batch.labels.tolist()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("ending", ["jpg", "PNG", "webp", "jpeg"])
+def test_webdataset_labels_may_lie_in_json(tmp_path, streaming, ending):
+    for shard, numbers in {"imagenet-train-00.tar": range(10), "imagenet-validation-00.tar": range(10, 14)}.items():
+        write_tar(
+            tmp_path / shard,
+            [
+                pair
+                for number in numbers
+                for pair in (
+                    (f"d.x/{number}.{ending}", encoded(number)),
+                    (f"d.x/{number}.json", json.dumps({"label": "abc"[number % 3], "width": 8.5}).encode()),
+                )
+            ],
+        )
+    data = open_dataset(DataConfig(str(tmp_path / "*.tar"), streaming=streaming), 8)
+    assert (len(data.train), len(data.validation), data.classes) == (10, 4, ["a", "b", "c"])
+    for batch in train(data.train, 1, batch_size=5):
+        assert [number % 3 for number in numbers_of(batch.images)] == batch.labels.tolist()
+    named = open_dataset(DataConfig(str(tmp_path / "*.tar"), streaming=streaming, label_column="json.label"), 8)
+    assert named.fingerprint == data.fingerprint
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_samples_without_a_picture_or_label(tmp_path, streaming):
+    pairs = [pair for pair in samples(range(8)) if pair[0] not in ("0005.png", "0006.cls", "0007.cls")]
+    hidden = [("._0001.png", b"x"), ("__0002.png", b"x"), ("README", b"x")]
+    write_tar(tmp_path / "train.tar", [*pairs, *hidden])
+    write_tar(tmp_path / "val.tar", samples(range(2)))
+    data = open_dataset(DataConfig(str(tmp_path), streaming=streaming), 8)
+    assert len(data.train) == 8
+    (batch,) = train(data.train, 1, batch_size=8)
+    shown = dict(zip(numbers_of(batch.images), batch.labels.tolist(), strict=True))
+    assert shown == {0: 0, 1: 1, 2: 2, 3: 0, 4: 1, 6: -1, 7: -1}
+    assert [reason for _, _, reason in batch.unreadable] == ["the cell is empty"]
+
+
+def test_what_was_learnt_of_a_tar_is_kept(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "train.tar", samples(range(9)))
+    first = shards.TarShard(str(path), "train.tar", "png", "cls")
+    monkeypatch.setattr(tarfile, "open", None)
+    again = shards.TarShard(str(path), "train.tar", "png", "cls")
+    assert np.array_equal(first.offsets, again.offsets) and first.labels == again.labels == [0, 1, 2] * 3
+    monkeypatch.undo()
+    write_tar(path, samples(range(11)))
+    assert shards.TarShard(str(path), "train.tar", "png", "cls").count == 11
+    # No place for it is no reason to stop.
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(path / "below-a-file"))
+    assert shards.TarShard(str(path), "train.tar", "png", "cls").count == 11
+
+
+def test_the_fingerprint_follows_content_and_not_place(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "moved")
+    first = streamed(folder).fingerprint
+    assert streamed(tmp_path / "moved").fingerprint == first
+    name = next(name for name in os.listdir(folder) if name.startswith("train-1"))
+    shutil.copy(folder / name.replace("1", "0"), tmp_path / "moved" / name)
+    assert streamed(tmp_path / "moved").fingerprint != first
+
+
+def torn(content, how):
+    header = content.index(b"0003.png")
+    if how == "inside a picture":
+        return content[: header + 512 + 20]
+    if how == "between samples":
+        return content[:header]
+    if how == "a damaged header":
+        return content[:header] + b"\xff" * 512 + content[header + 512 :]
+    return content[: header + 100]  # inside a header
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("how", ["inside a picture", "between samples", "a damaged header", "inside a header"])
+def test_a_torn_tar_is_an_error_and_no_shorter_data_set(tmp_path, how, streaming):
+    whole = write_tar(tmp_path / "train-1.tar", samples(range(8))).read_bytes()
+    for name in ("train-0.tar", "val.tar"):
+        (tmp_path / name).write_bytes(whole)
+    (tmp_path / "train-1.tar").write_bytes(torn(whole, how))
+    with pytest.raises(ValueError, match=r"shard .*train-1.tar cannot be read.*Fetch or write it again"):
+        open_dataset(DataConfig(str(tmp_path), streaming=streaming), 8)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("change", ["gone", "shorter"])
+def test_a_shard_lost_while_training_is_named(tmp_path, small, workers, change):
+    for kind in ("tar", "parquet"):
+        source = streamed(write(tmp_path / kind, kind)).train
+        before = train(source, 30)
+        for path in (tmp_path / kind).glob("train-*"):
+            path.write_bytes(path.read_bytes()[:300]) if change == "shorter" else path.unlink()
+        with pytest.raises(ValueError, match=rf"^shard .*train-\d.{kind} cannot be read.*last checkpoint is kept"):
+            train(source, 30, workers=workers)
+        assert len(before) == 30
+
+
+# -- the hub, in a local stand-in ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_a_hub_data_set_streams_at_its_commit(tmp_path, monkeypatch, small, kind):
+    build = datasets.load_dataset_builder
+
+    def builder(name, **options):
+        if options:
+            return build(name, **options)
+        place = f"memory://{kind}/{name}@{commit}"
+        splits = {"train": f"{place}/train-*", "validation": f"{place}/val-*"}
+        return build({"tar": "webdataset"}.get(kind, kind), data_files=splits)
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    found = []
+    for commit in ("a1" * 20, "b2" * 20):
+        folder = write(tmp_path / commit, kind)
+        fsspec.filesystem("memory").put(f"{folder}/", f"/{kind}/owner/name@{commit}/", recursive=True)
+        data = streamed("owner/name")
+        assert (data.name, len(data.train), len(data.validation)) == ("owner/name", 103, 12)
+        assert all("://" in shard.url for shard in data.train.shards)
+        assert same(train(data.train, 14), train(streamed(folder).train, 14))
+        assert streamed("owner/name").fingerprint == data.fingerprint
+        found.append(data.fingerprint)
+    assert found[0] != found[1]
+
+
+def test_a_hub_data_set_of_other_files_is_not_streamed(tmp_path, monkeypatch):
+    (tmp_path / "train.csv").write_text("a\n1\n")
+    made = datasets.load_dataset_builder("csv", data_files=str(tmp_path / "train.csv"))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: made)
+    with pytest.raises(ValueError, match="'owner/name' is not kept as parquet files or WebDataset shards.*leave"):
+        streamed("owner/name")
+
+
+# -- errors --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bad_place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bad")
+    write_tar(root / "alone" / "train-0.tar", samples(range(4)))
+    write_tar(root / "empty" / "train-0.tar", [])
+    write_tar(root / "texts" / "train-0.tar", [(f"{i}.txt", b"text") for i in range(3)])
+    write_tar(root / "texts" / "val-0.tar", [(f"{i}.txt", b"text") for i in range(3)])
+    write_parquet(root / "both" / "train-0.parquet", range(3))
+    write_tar(root / "both" / "val-0.tar", samples(range(3)))
+    (root / "images").mkdir()
+    (root / "images" / "0.png").write_bytes(encoded(1))
+    (root / "junk.tar").write_bytes(b"no tar at all" * 100)
+    (root / "nothing.tar").write_bytes(b"")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("streaming", "dataset", "parts"),
+    [
+        (True, "digits", ["streaming has no meaning for dataset='digits'", "leave it out"]),
+        (True, "images", ["holds neither parquet files nor WebDataset shards", "leave streaming out"]),
+        (True, "images/0.png", ["file of kind '.png'", "shards (.tar)"]),
+        (True, "alone", ["no split for validation", "validation*"]),
+        (True, "absent/*.tar", ["matches no file", "Check the pattern"]),
+        (True, "./absent.tar", ["holds no 'absent.tar'"]),
+        (False, "./absent.tar", ["holds no 'absent.tar'"]),
+        (True, "texts", ["no image column found", "txt (string)"]),
+        (False, "texts", ["no image column found", "txt (string)"]),
+        (False, "empty", ["holds no images"]),
+        (True, "empty/train-0.tar", ["could not be loaded"]),
+        (False, "both/*", ["matches both parquet and tar files", ".tar"]),
+        (False, "junk.tar", ["junk.tar cannot be read"]),
+        (False, "nothing.tar", ["nothing.tar cannot be read", "empty file"]),
+        (True, "nobody/nothing", ["could not be had from the Hugging Face hub"]),
+    ],
+)
+def test_a_bad_data_set_gets_a_clear_error(bad_place, monkeypatch, streaming, dataset, parts):
+    monkeypatch.chdir(bad_place)
+    with pytest.raises(ValueError) as caught:
+        open_dataset(DataConfig(dataset, streaming=streaming), 8)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_what_cannot_be_shared_or_filled_is_an_error(folder):
+    source = streamed(folder).train
+    with pytest.raises(ValueError, match=r"3 processes cannot share the 8 lanes.*one of 1, 2, 4, 8 processes"):
+        train(source, 1, part=(0, 3))
+    with pytest.raises(ValueError, match="batch_size=104 is more than the 103 images.*leave streaming out"):
+        train(source, 1, batch_size=104)
