@@ -56,7 +56,9 @@ class GeneratorExperiment:
         settings: How the samples were made.
         columns: Samples of each class in `grid`.
         seed: Of the first sample.
-        judgement: What the judge of digits found, {} without one.
+        judgement: What the judge of digits found (see `softvq_lib.evaluation.generated.judge`), the same of decoded
+            held-out digits under `decoded_...`, and the judge's own accuracy; {} without a judge.
+        judged: The images that were judged and their labels.
     """
 
     run: Run
@@ -67,6 +69,7 @@ class GeneratorExperiment:
     columns: int
     seed: int
     judgement: dict = field(default_factory=dict)
+    judged: tuple[Tensor, Tensor] | None = None
 
     @property
     def classes(self) -> list[str]:
@@ -91,17 +94,21 @@ class GeneratorExperiment:
         """Samples by class, (b, 3, height, width) in [-1, 1]."""
         return self.sample(self.labels, self.seed)
 
+    @property
+    def numbers(self) -> dict[str, tuple[float, float | None, float | None]]:
+        """The judgement's single numbers with their intervals, None where there is none."""
+        single = {name: value for name, value in self.judgement.items() if not isinstance(value, list)}
+        return {name: x if isinstance(x, tuple) else (float(x), None, None) for name, x in single.items()}
+
     def __str__(self) -> str:
         identity = self.run.identity
         lines = [
             f"{identity['generator']} {identity['size']}, {identity['tokens']} tokens x {identity['dim']}, "
             f"{self.run.manifest['parameters'] / 1e6:.2f} M parameters, {identity['steps']} steps"
         ]
-        for name, value in self.judgement.items():
-            if isinstance(value, dict) and "value" in value:
-                low, high = value.get("low"), value.get("high")
-                interval = "" if low is None else f"  [{low:.3f}, {high:.3f}]"
-                lines.append(f"{name.replace('_', ' '):34}{value['value']:8.3f}{interval}")
+        for name, (value, low, high) in self.numbers.items():
+            interval = "" if low is None else f"  [{low:.3f}, {high:.3f}]"
+            lines.append(f"{name.replace('_', ' '):34}{value:8.3f}{interval}")
         return "\n".join(lines)
 
 
@@ -144,11 +151,20 @@ def train_generator(**values: object) -> GeneratorExperiment | None:
 
 
 def _judge(experiment: GeneratorExperiment, count: int) -> dict:
-    from softvq_lib.evaluation.generated import digit_classifier, judge
+    """Judge samples of all classes in turn; also what the tokenizer makes of held-out digits, the best to be had."""
+    from softvq_lib.evaluation.generated import digit_classifier, judge, real_digits
 
+    classifier = digit_classifier()
     labels = torch.arange(count) % len(experiment.classes)
-    images = experiment.sample(labels, 1_000_000 + experiment.seed)
-    return judge(images, labels, digit_classifier())
+    experiment.judged = experiment.sample(labels, 1_000_000 + experiment.seed), labels
+    size = experiment.tokenizer.config.image_size
+    (train_images, _), held_out = real_digits("train", size), real_digits("validation", size)
+    found = judge(*experiment.judged, classifier, train_images, held_out)
+    with torch.no_grad():
+        decoded = torch.cat([experiment.tokenizer(part)[0] for part in held_out[0].split(64)]).clamp(-1, 1)
+    same = judge(decoded, held_out[1], classifier, train_images, held_out)
+    found |= {"real_agreement": classifier.held_out, "decoded_agreement": same["class_agreement"]}
+    return found | {f"decoded_{name}": same[name] for name in ("precision", "recall", "copied", "diversity")}
 
 
 def _record(experiment: GeneratorExperiment, folder: Path) -> None:
@@ -188,17 +204,8 @@ def _record(experiment: GeneratorExperiment, folder: Path) -> None:
         "pictures": rows_of.keep_pictures(folder / "train_generator", {f"{run.name}-grid.png": grid}),
     }
     rows = [first]
-    for name, value in experiment.judgement.items():
-        if isinstance(value, dict) and "value" in value:
-            entry = {key: value.get(key) for key in ("low", "high")}
-            rows.append(
-                {
-                    **common,
-                    "metric": name,
-                    "value": float(value["value"]),
-                    **entry,
-                    "interval": value.get("interval", ""),
-                    "n": int(value["n"]),
-                }
-            )
+    for name, (value, low, high) in experiment.numbers.items():
+        interval = "" if low is None else "95 % Wilson"
+        n = len(experiment.judged[1])
+        rows.append({**common, "metric": name, "value": value, "low": low, "high": high, "interval": interval, "n": n})
     rows_of.append(folder / "train_generator.jsonl", rows)

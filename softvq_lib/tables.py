@@ -60,7 +60,13 @@ def reconstruction(rows: list[dict]) -> str:
 
 
 # Measurements of generated images and their column heads.
-_JUDGED = {"agreement": "class agreement", "precision": "precision", "recall": "recall", "copied": "too near to training"}
+_JUDGED = {
+    "class_agreement": "class agreement",
+    "precision": "precision",
+    "recall": "recall",
+    "copied": "copied",
+    "diversity": "diversity",
+}
 
 
 def generation(rows: list[dict]) -> str:

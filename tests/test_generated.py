@@ -9,8 +9,8 @@ from softvq_lib.evaluation.generated import DigitClassifier, digit_classifier, j
 
 @pytest.fixture(scope="module")
 def classifier():
-    """Trained for a quarter of the time."""
-    return digit_classifier(epochs=3)
+    """Trained for a sixth of the time."""
+    return digit_classifier(epochs=2)
 
 
 @pytest.fixture(scope="module")

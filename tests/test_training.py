@@ -57,7 +57,7 @@ def unstarted(monkeypatch, **parameters):
     """The trainer that `train` would set to work."""
     made = []
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.TokenizerTrainer, "fit", made.append)
+        patch.setattr(trainer.TokenizerTrainer, "fit", lambda self: made.append(self))
         train(**parameters)
     return made[0]
 

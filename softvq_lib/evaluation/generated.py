@@ -90,7 +90,9 @@ def digit_classifier(seed: int = 0, *, folder: str | Path | None = None, epochs:
         A classifier in evaluation mode whose parameters need no gradient.
     """
     at_least("epochs", epochs, 1)
-    model = DigitClassifier()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = DigitClassifier()
     name = fingerprint({"data": digits_identity(), "seed": seed, "epochs": epochs, "network": str(model), "rule": 1})
     path = None if folder is None else Path(folder).expanduser() / f"digit-classifier-{name[:12]}.safetensors"
     if path is not None and path.exists():
@@ -98,7 +100,7 @@ def digit_classifier(seed: int = 0, *, folder: str | Path | None = None, epochs:
 
         model.load_state_dict(load_file(path))
     else:
-        model = _train(seed, epochs)
+        _train(model, seed, epochs)
         if path is not None:
             from safetensors.torch import save_file
 
@@ -110,12 +112,9 @@ def digit_classifier(seed: int = 0, *, folder: str | Path | None = None, epochs:
     return model
 
 
-def _train(seed: int, epochs: int) -> DigitClassifier:
+def _train(model: DigitClassifier, seed: int, epochs: int) -> None:
     images, labels = real_digits("train")
     draws = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = DigitClassifier().train()
     steps = epochs * (len(images) // _BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
@@ -129,7 +128,6 @@ def _train(seed: int, epochs: int) -> DigitClassifier:
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-    return model
 
 
 def _shifted(images: Tensor, draws: torch.Generator) -> Tensor:

@@ -44,14 +44,17 @@ class Perceptual(nn.Module):
         with torch.no_grad():
             targets = [_unit(target) for target in self.net.maps(images)]
         maps = [_unit(features) for features in self.net.maps(reconstructions)]
-        weights = self.weights or [1 / len(maps)] * len(maps)
+        weights = [w.flatten() for w in self.weights] or [1 / len(maps)] * len(maps)
         stages = zip(weights, maps, targets, strict=True)
-        return sum((w * (m - target).square()).sum(1).mean((1, 2)) for w, m, target in stages)  # (b,)
+        return sum((w * (m - target).square()).sum(-1).mean((1, 2)) for w, m, target in stages)  # (b,)
 
 
 def _unit(maps: Tensor) -> Tensor:
-    # Autocast's half precision ends here. Where all channels are 0 so is the gradient, which LPIPS' own root makes NaN.
-    return F.normalize(maps.float(), dim=1)
+    """Bring the channels of maps (b, c, h, w) to unit length; they come out last, (b, h, w, c), as they lie in memory.
+
+    Autocast's half precision ends here. Where all channels are 0 so is the gradient, which LPIPS' own root makes NaN.
+    """
+    return F.normalize(maps.float().permute(0, 2, 3, 1), dim=-1)
 
 
 class _VGG(nn.Module):
