@@ -193,23 +193,59 @@ def compare_quantizers(rows: list[dict]):
     return figure
 
 
-def recorded_progress(row: dict, folder: Path, last: int = 3):
-    """Draw the `last` pictures of progress that a results row names, and the originals if it names them.
-
-    Their sha256 are checked.
+def _recorded_pictures(row: dict, folder: Path) -> dict[str, Path]:
+    """Find the pictures that a results row names, and check their sha256.
 
     Raises:
         ValueError: when a picture is missing or is not the one that was recorded.
     """
     import hashlib
 
-    snapshots, originals = {}, None
+    found = {}
     for name, sha256 in row["pictures"].items():
-        path = Path(folder) / name
+        found[name] = path = Path(folder) / name
         if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             raise ValueError(f"{path} is missing or is not the picture that its results row names.")
+    return found
+
+
+def recorded_progress(row: dict, folder: Path, last: int = 3):
+    """Draw the `last` pictures of progress that a results row names, and the originals if it names them.
+
+    Raises:
+        ValueError: when a picture is missing or is not the one that was recorded.
+    """
+    snapshots, originals = {}, None
+    for name, path in _recorded_pictures(row, folder).items():
         if name.endswith("-originals.png"):
             originals = path
         elif step := int(path.stem.rsplit("-", 1)[1]):
             snapshots[step] = path
     return progress(dict(sorted(snapshots.items())[-last:]), originals, 0.6 * WIDTH)
+
+
+def recorded_grids(row: dict, folder: Path):
+    """Show the sheets of samples that a results row names, side by side, by the last word of their names.
+
+    Raises:
+        ValueError: when a picture is missing or is not the one that was recorded.
+    """
+    from PIL import Image
+
+    sheets = {path.stem.rsplit("-", 1)[1]: Image.open(path) for path in _recorded_pictures(row, folder).values()}
+    widths = [sheet.width for sheet in sheets.values()]
+    width = min(WIDTH, sum(widths) / 60)
+    figure, axes = new_figure(
+        1,
+        len(sheets),
+        width * max(s.height for s in sheets.values()) / sum(widths) + 0.3,
+        width,
+        squeeze=False,
+        width_ratios=widths,
+    )
+    for axis, (name, sheet) in zip(axes[0], sheets.items(), strict=True):
+        axis.imshow(np.asarray(sheet.convert("RGB")))
+        axis.grid(False)
+        axis.spines[:].set_visible(False)
+        axis.set(xticks=[], yticks=[], title=name.replace("_", " "))
+    return figure

@@ -167,6 +167,16 @@ def _judge(experiment: GeneratorExperiment, count: int) -> dict:
     return found | {f"decoded_{name}": same[name] for name in ("precision", "recall", "copied", "diversity")}
 
 
+def _beside_nearest(experiment: GeneratorExperiment, pairs: int = 40) -> Tensor:
+    """Samples of all classes, eight a row, and under each row the training images nearest to them."""
+    from softvq_lib.evaluation.generated import nearest, real_digits
+
+    train_images, _ = real_digits("train", experiment.tokenizer.config.image_size)
+    samples = experiment.judged[0][:pairs]
+    closest = train_images[nearest(samples, train_images)[1]]
+    return torch.stack([samples.unflatten(0, (-1, 8)), closest.unflatten(0, (-1, 8))], 1).flatten(0, 2)
+
+
 def _record(experiment: GeneratorExperiment, folder: Path) -> None:
     from torchvision.utils import save_image
 
@@ -186,11 +196,13 @@ def _record(experiment: GeneratorExperiment, folder: Path) -> None:
         "code": run.manifest["code"],
     }
     curve = [[row["step"], row["val_loss"]] for row in run.metrics if "val_loss" in row]
-    grid = run.path / "images" / "grid.png"
-    grid.parent.mkdir(exist_ok=True)
-    save_image(
-        experiment.grid, grid, nrow=experiment.columns, normalize=True, value_range=(-1, 1), padding=1, pad_value=1
-    )
+    sheets = {"samples": (experiment.grid, experiment.columns)}
+    if experiment.judged is not None:
+        sheets["beside_nearest"] = (_beside_nearest(experiment), 8)
+    pictures = {}
+    for name, (images, columns) in sheets.items():
+        path = pictures[f"{run.name}-{name}.png"] = run.path / "images" / f"{name}.png"
+        save_image(images, path, nrow=columns, normalize=True, value_range=(-1, 1), padding=1, pad_value=1)
     first = {
         **common,
         "metric": "val_loss",
@@ -201,7 +213,7 @@ def _record(experiment: GeneratorExperiment, folder: Path) -> None:
         "n": 256,
         "curve": curve,
         "train_seconds": run.seconds,
-        "pictures": rows_of.keep_pictures(folder / "train_generator", {f"{run.name}-grid.png": grid}),
+        "pictures": rows_of.keep_pictures(folder / "train_generator", pictures),
     }
     rows = [first]
     for name, (value, low, high) in experiment.numbers.items():

@@ -79,14 +79,15 @@ def test_a_collapse_is_seen(classifier, digits):
     assert found["recall"][0] < 0.05 and found["diversity"] == 0 == max(found["diversity_per_class"])
 
 
-def test_wrong_classes_and_noise_are_seen(classifier, digits):
+def test_wrong_classes_and_images_that_are_no_digits_are_seen(classifier, digits):
     images, labels, train, held_out = digits
     wrong = torch.where(labels == 3, 4, torch.where(labels == 4, 3, labels))
     found = judge(images, wrong, classifier, train, held_out)["class_agreement_per_class"]
     assert max(found[3:5]) < 0.1 and min(found[:3] + found[5:]) > 0.8
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    found = judge(noise, labels, classifier, train, held_out)
-    assert found["class_agreement"][0] < 0.4 and found["precision"][0] < 0.1 and found["recall"][0] < 0.5
+    for other in (noise, images.rot90(1, (2, 3))):
+        found = judge(other, labels, classifier, train, held_out)
+        assert found["class_agreement"][0] < 0.4 and found["recall"][0] < 0.3
 
 
 def test_precision_and_recall_are_those_of_their_definition(digits):

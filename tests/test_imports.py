@@ -16,7 +16,19 @@ LAYERS = [
     {"tokenizers", "losses", "generators", "data"},
     {"training"},
     {"evaluation"},
-    {"results", "tables", "figures", "style", "method_maths", "method_figures", "costs", "experiments", "generation", "train"},
+    {
+        "results",
+        "tables",
+        "figures",
+        "generator_figures",
+        "style",
+        "method_maths",
+        "method_figures",
+        "costs",
+        "experiments",
+        "generation",
+        "train",
+    },
 ]
 PACKAGE = "softvq_lib"
 

@@ -1,4 +1,4 @@
-"""The engine under a run: micro-batches, memory, numbers that are not finite, changes of mind, teacher, checkpointing."""
+"""The engine under a run: micro-batches, memory, numbers that are not finite, changed settings, the teacher."""
 
 import json
 import logging

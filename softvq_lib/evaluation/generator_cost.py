@@ -9,6 +9,7 @@ normalised number or an activation as one, too, and a GELU twice.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -135,6 +136,7 @@ def _head(config: GeneratorConfig, count: _Counter, tokens: int) -> int:
     return embedding + config.head_depth * block + final
 
 
+@cache
 def parameter_count(config: GeneratorConfig) -> int:
     """Return the trained parameters of a generator, counted without storage."""
     with torch.device("meta"):

@@ -1,29 +1,40 @@
-"""What a step of training costs: its time by stage, beside a plain loop, and what a run spends on data and checkpoints.
+"""What training costs: a step by stage and beside a plain loop, and a run's share of waiting for data and of saving.
 
-Stages are timed on the trainer itself: its methods and nets are watched from outside, and compute what they always do.
+Stages are timed on the trainer itself: its methods and nets are watched from outside and compute what they always do.
 """
 
+import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from softvq_lib import config as strictly
-from softvq_lib.data import Batch, DataConfig, open_dataset
+from softvq_lib.data import Batch, DataConfig, DataSplits, open_dataset
 from softvq_lib.data.shapes import ShapesSource
 from softvq_lib.evaluation.efficiency import interleaved, ratio_of_medians
-from softvq_lib.evaluation.plain_loop import plain_step
+from softvq_lib.evaluation.plain_loop import PASSES, plain_step
 from softvq_lib.losses.networks import build_networks
 from softvq_lib.tokenizers import Tokenizer
 from softvq_lib.training import Run, train
+from softvq_lib.training.files import read_lines
 from softvq_lib.training.tokenizer import CONFIGS, TokenizerTrainer
 
-# In the order of a step. Forward and backward are measured apart where there are both.
+# Parameters of training with all terms of Eq. 7. Images are mirrored at random, as in the recipes, so that a teacher
+# is asked anew at every step. The nets of `s` are the paper's with random weights, on which time does not depend.
+_ALL = {"flip": True, "perceptual": "efflite1", "adversarial": "patch", "alignment": "efflite2", "lr": 1e-4}
+WORKLOADS: dict[str, dict[str, object]] = {
+    "tiny": {**_ALL, "preset": "tiny", "image_size": 32, "tokens": 16, "batch_size": 4},
+    "mini": {**_ALL, "preset": "mini", "image_size": 64, "patch_size": 8, "tokens": 32, "batch_size": 16},
+    "s": {
+        **_ALL,
+        **{"preset": "s", "image_size": 256, "tokens": 64, "batch_size": 1},
+        **{"perceptual": "lpips", "adversarial": "dino", "alignment": "dinov2-b", "dry_run": True},
+    },
+}
 STAGES = (
     "data",
     "teacher",
@@ -36,32 +47,33 @@ STAGES = (
     "optimiser",
     "rest",
 )
+PICTURES = 256
+# Largest difference of a term, relative to it or to 1, at which the plain loop counts as computing the same.
+TOLERANCE = 0.02
 
 
 class Stages:
-    """Seconds of each stage of a step: at any moment one of them is going on.
+    """Seconds of each stage: at any moment one of them is going on.
 
     Args:
         device: Waited for whenever a stage ends, where it is not the processor.
-        clock: Seconds since some moment.
     """
 
-    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter):
+    def __init__(self, device: torch.device):
         self.seconds: dict[str, float] = {}
-        self.device, self.clock = device, clock
-        self.now, self.since = "rest", clock()
+        self.device, self.now, self.since = device, "rest", time.perf_counter()
 
     def enter(self, stage: str) -> str:
         """Begin a stage; return the one that ends by it."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
-        moment, before = self.clock(), self.now
+        moment, before = time.perf_counter(), self.now
         self.seconds[before] = self.seconds.get(before, 0.0) + moment - self.since
         self.now, self.since = stage, moment
         return before
 
     def at_gradient(self, tensor: Tensor, stage: str) -> None:
-        """Begin a stage when the backward pass has the gradient of a tensor."""
+        """Begin a stage when a backward pass has the gradient of a tensor."""
 
         def begin(gradient: Tensor) -> None:
             self.enter(stage)
@@ -70,7 +82,7 @@ class Stages:
             tensor.register_hook(begin)
 
     def call(self, owner: object, name: str, stage: str) -> None:
-        """Make calls of a method a stage."""
+        """Make every call of an object's method a stage."""
         called = getattr(owner, name)
 
         def timed(*arguments: object, **named: object) -> object:
@@ -83,7 +95,7 @@ class Stages:
         setattr(owner, name, timed)
 
     def net(self, module: nn.Module, stage: Callable[[tuple], str]) -> None:
-        """Make forward and backward passes of a module two stages; its inputs say which."""
+        """Make forward and backward passes of a module two stages, whose name its inputs tell."""
         left: list[str] = []
 
         def begin(module: nn.Module, inputs: tuple) -> None:
@@ -97,26 +109,158 @@ class Stages:
         module.register_forward_hook(end)
 
 
-def watch(trainer: TokenizerTrainer, clock: Callable[[], float] = time.perf_counter) -> Stages:
-    """Time the stages of a trainer's steps from now on."""
-    stages = Stages(trainer.device, clock)
+def watch(trainer: TokenizerTrainer) -> Stages:
+    """Time the stages of a trainer's steps from now on; all terms of Eq. 7 are on."""
+    stages = Stages(trainer.device)
     tokenizer, nets = trainer.bare.tokenizer, trainer.networks
-    for stage, modules in {
+    modules = {
         "encoder": (tokenizer.encoder, tokenizer.to_latent),
         "quantizer": (tokenizer.quantizer,),
         "decoder": (tokenizer.from_latent, tokenizer.decoder),
-        "teacher": (nets.alignment,),
+        "teacher": (nets.alignment,),  # its projector; the teacher itself is called through `seen`
         "perceptual": (nets.perceptual,),
-    }.items():
-        for module in filter(None, modules):
+    }
+    for stage, those in modules.items():
+        for module in those:
             stages.net(module, lambda inputs, stage=stage: stage)
-    if nets.discriminator is not None:
-        # The tokenizer's gradient comes through the discriminator; the discriminator's own step needs none of pixels.
-        stages.net(nets.discriminator, lambda inputs: "adversarial" if inputs[0].requires_grad else "discriminator")
-    if nets.perceptual is not None:  # the pixels are where both backward passes end that do not reach the tokenizer
-        nets.perceptual.register_forward_pre_hook(lambda module, inputs: stages.at_gradient(inputs[1], "rest"))
+    # On the way to the tokenizer's gradient its input requires one, in the discriminator's own step it does not.
+    stages.net(nets.discriminator, lambda inputs: "adversarial" if inputs[0].requires_grad else "discriminator")
+    # The losses of the pixels are differentiated down to the pixels: there these backward passes end.
+    nets.perceptual.register_forward_pre_hook(lambda module, inputs: stages.at_gradient(inputs[1], "rest"))
     stages.call(trainer, "seen", "teacher forward")
     stages.call(trainer, "after_step", "discriminator forward")
     stages.call(trainer, "_accumulate", "rest")
     stages.call(trainer, "_update", "optimiser")
     return stages
+
+
+def stage_seconds(trainer: TokenizerTrainer, steps: int) -> list[dict[str, float]]:
+    """Make steps on the trainer's own data; return the seconds of each stage in each of them, but for a first one."""
+    stages = watch(trainer)
+    batches = iter(trainer.batches(trainer.step))
+    rows = []
+    for _ in range(steps + 1):
+        stages.enter("data")
+        stages.seconds.clear()
+        batch = next(batches)
+        stages.enter("rest")
+        trainer._update(batch)
+        trainer.step += 1
+        stages.enter("rest")
+        rows.append(dict(stages.seconds))
+    return rows[1:]
+
+
+def write_pictures(folder: Path, image_size: int, count: int = PICTURES) -> Path:
+    """Write pictures of shapes as JPEG files into a folder and return it."""
+    folder.mkdir(parents=True)
+    source = ShapesSource("train", image_size, count)
+    for index in range(count):
+        source[index][0].save(folder / f"{index}.jpg", quality=90)
+    return folder
+
+
+def build_trainer(parameters: dict[str, object], data: DataSplits) -> TokenizerTrainer:
+    """Build the trainer that parameters describe, without a run on the disk."""
+    tokenizer_config, data_config, loss_config, settings = strictly.split(parameters, *CONFIGS)
+    tokenizer_config = tokenizer_config.resolved()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        tokenizer = Tokenizer(tokenizer_config)
+    networks = build_networks(loss_config, tokenizer_config, settings.seed)
+    loss_config = loss_config.resolved(tokenizer_config.quantizer)
+    return TokenizerTrainer(Run(Path(), {}), tokenizer, networks, data, data_config, loss_config, settings)
+
+
+def trainer_step(trainer: TokenizerTrainer, batch: Batch) -> dict[str, Tensor]:
+    """Make one optimiser step as the trainer does; return the terms and gradient norms."""
+    return trainer._update(batch)
+
+
+def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """Return the largest difference of a term that both have, relative to it or to 1."""
+    both = ours.keys() & theirs.keys()
+    return max(float(abs(ours[name] - theirs[name]) / max(1, abs(theirs[name]))) for name in both)
+
+
+def step_cost(workload: str, *, rounds: int = 5, threads: int = 1, **changes: object) -> dict[str, object]:
+    """Measure a training step by stage, and against plain loops in turns.
+
+    Args:
+        workload: Row of `WORKLOADS`.
+        rounds: Steps measured of each, 3 or more.
+        threads: Of the comparison, which counts processor time. The stages are measured by the clock, on all threads.
+        changes: Parameters of training in place of the workload's.
+
+    Returns:
+        `stages` (median seconds by name), `seconds` a step, `images_per_second`; by the loop's `passes`, `ratio` with
+        its 95 % interval, `processor_seconds` of ours and theirs (medians) and the `difference` of the terms of a first
+        step; `precision`, `threads` of the stages, and the `parameters`.
+
+    Raises:
+        ValueError: for an unknown workload or too few rounds.
+        RuntimeError: when a plain loop does not compute the same losses.
+    """
+    strictly.one_of("workload", workload, WORKLOADS)
+    strictly.at_least("rounds", rounds, 3)
+    parameters = WORKLOADS[workload] | changes
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = write_pictures(Path(folder, "pictures"), parameters["image_size"])
+        data = open_dataset(DataConfig(str(pictures)), parameters["image_size"])
+        trainers = {name: build_trainer(parameters, data) for name in ("ours", *PASSES)}
+        ours = trainers["ours"]
+        batch = next(iter(ours.batches(0)))
+        subjects = {"ours": lambda: trainer_step(ours, batch)}
+        subjects |= {name: lambda name=name: plain_step(trainers[name], batch, name) for name in PASSES}
+        first = {name: run() for name, run in subjects.items()}
+        apart = {name: difference(first["ours"], first[name]) for name in PASSES}
+        if max(apart.values()) > TOLERANCE:
+            raise RuntimeError(f"the plain loop of {workload!r} does not compute the same losses: {first}")
+        seconds = interleaved(subjects, rounds, threads)
+        rows = stage_seconds(ours, rounds)
+    total = statistics.median(sum(row.values()) for row in rows)
+    names = sorted({name for row in rows for name in row}, key=lambda name: STAGES.index(name.split()[0]))
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "stages": {name: statistics.median(row.get(name, 0.0) for row in rows) for name in names},
+        "seconds": total,
+        "images_per_second": parameters["batch_size"] / total,
+        "ratio": {name: ratio_of_medians(seconds["ours"], seconds[name]) for name in PASSES},
+        "processor_seconds": median,
+        "difference": apart,
+        "precision": {torch.float32: "fp32", torch.bfloat16: "bf16"}[ours.dtype],
+        "threads": torch.get_num_threads(),
+        "parameters": parameters,
+    }
+
+
+def data_share(run: Run) -> float:
+    """Return the part of a run's time in steps in which it waited for data."""
+    rows = [row for row in read_lines(run.path / "timings.jsonl") if "seconds" in row]
+    return sum(row["data_seconds"] for row in rows) / sum(row["seconds"] for row in rows)
+
+
+def checkpoint_share(run: Run) -> float:
+    """Return the part of a run's time, measuring left out, in which it wrote checkpoints."""
+    saving = sum(row.get("checkpoint_seconds", 0.0) for row in read_lines(run.path / "timings.jsonl"))
+    return saving / (saving + run.seconds)
+
+
+def run_shares(workload: str = "mini", steps: int = 40, **defaults: object) -> dict[str, float]:
+    """Train two small models for real and return what share of their time went into other things than steps.
+
+    Args:
+        workload: Row of `WORKLOADS` trained on JPEG files, by loaders as many as by default.
+        steps: Of it.
+        defaults: Parameters of the second run, in place of the defaults.
+
+    Returns:
+        `data`: of the first run, waiting for images. `checkpoints`: of the second, writing checkpoints.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        parameters = WORKLOADS[workload] | {"steps": steps, "runs": str(Path(folder, "runs"))}
+        pictures = write_pictures(Path(folder, "pictures"), parameters["image_size"])
+        return {
+            "data": data_share(train(dataset=str(pictures), **parameters)),
+            "checkpoints": checkpoint_share(train(**{"runs": parameters["runs"], **defaults})),
+        }
