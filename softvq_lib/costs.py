@@ -1,4 +1,4 @@
-"""The efficiency experiment: forward passes of tokenizers, and quantizers against their alternatives."""
+"""The efficiency experiment: forward passes of tokenizers, quantizers against their alternatives, generators."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +9,8 @@ from softvq_lib import config as strictly
 from softvq_lib import results as rows_of
 from softvq_lib.evaluation import forward_cost, quantizer_rows
 from softvq_lib.evaluation.efficiency import Subject, peak_mib
+from softvq_lib.evaluation.throughput import Bench, throughput
+from softvq_lib.generators import SIZES
 from softvq_lib.tokenizers import PRESETS
 from softvq_lib.training.engine import device_name
 
@@ -18,6 +20,7 @@ class EfficiencyConfig:
     """Which forward passes and which quantizers are measured.
 
     Attributes:
+        parts: What is measured: `forward`, `quantizers`, `generators`, or some of them, separated by commas.
         preset: Size of the tokenizer.
         tokens: Latent tokens l.
         batch_sizes: Numbers of images, separated by commas.
@@ -26,10 +29,17 @@ class EfficiencyConfig:
         bench_codes: Codes k of their codebook, of 32 channels.
         bench_memory: Measure their memory too, each in a process of its own, and SoftVQ's at `bench_large_codes`.
         bench_large_codes: Codes k of that last one.
+        generator_size: Size of the SiT.
+        generator_batch: Images at once that it samples and is trained on.
+        generator_steps: Steps of its sampler in a round; the time of more is computed.
+        generator_device: Where: `cpu` or a torch device.
+        peer_batch: Images at once beside diffusers' DiT.
+        kl_width: Channels of the KL autoencoder that it is compared with; SD-VAE has 128.
         rounds: Passes timed of each.
         results: Folder whose `efficiency.jsonl` the measured rows are appended to. None: nothing is recorded.
     """
 
+    parts: str = "forward,quantizers,generators"
     preset: str = "tiny"
     tokens: int = 64
     batch_sizes: str = "1,4"
@@ -38,11 +48,22 @@ class EfficiencyConfig:
     bench_codes: int = 512
     bench_memory: bool = False
     bench_large_codes: int = 65536
+    generator_size: str = "tiny"
+    generator_batch: int = 1
+    generator_steps: int = 2
+    generator_device: str = "cpu"
+    peer_batch: int = 1
+    kl_width: int = 8
     rounds: int = 3
     results: str | None = None
 
     def __post_init__(self):
+        for part in self.measured:
+            strictly.one_of("parts", part, _PARTS)
         strictly.one_of("preset", self.preset, PRESETS)
+        strictly.one_of("generator_size", self.generator_size, SIZES["sit"])
+        for name in ("generator_batch", "generator_steps", "peer_batch", "kl_width"):
+            strictly.at_least(name, getattr(self, name), 1)
         strictly.at_least("tokens", self.tokens, 1)
         for name in ("bench_tokens", "bench_codes", "bench_large_codes", "rounds"):
             strictly.at_least(name, getattr(self, name), 3 if name == "rounds" else 1)
@@ -52,6 +73,11 @@ class EfficiencyConfig:
             raise ValueError(
                 f"batch_sizes={self.batch_sizes!r}: give whole numbers above 0 with commas, such as '1,4'."
             )
+
+    @property
+    def measured(self) -> list[str]:
+        """The names in `parts`."""
+        return [part.strip() for part in self.parts.split(",")]
 
 
 def efficiency(**values: object) -> list[dict]:
@@ -64,14 +90,16 @@ def efficiency(**values: object) -> list[dict]:
         ValueError: for a parameter that is unknown or out of range.
     """
     config = strictly.strict(EfficiencyConfig, values)
-    rows = [*_forward_rows(config), *_quantizer_rows(config)]
+    rows = [row for part in config.measured for row in _PARTS[part](config)]
     if config.results:
         rows_of.append(Path(config.results) / "efficiency.jsonl", rows)
     return rows
 
 
-def _rows(run: str, setting: dict, precision: str, rounds: int, values: dict[str, tuple | float]) -> list[dict]:
-    """Make one row a value; a value with an interval is (value, low, high)."""
+def _rows(
+    run: str, setting: dict, precision: str, rounds: int, values: dict[str, tuple | float], **other: str
+) -> list[dict]:
+    """Make one row a value; a value with an interval is (value, low, high). `other` replaces what rows usually say."""
     common = {
         "experiment": "efficiency",
         "run": run,
@@ -85,6 +113,7 @@ def _rows(run: str, setting: dict, precision: str, rounds: int, values: dict[str
         "device": device_name(torch.device("cpu")),
         "precision": precision,
         **rows_of.origin(),
+        **other,
     }
     rows = []
     for metric, value in values.items():
@@ -131,3 +160,30 @@ def _quantizer_rows(config: EfficiencyConfig) -> list[dict]:
         run = f"memory-{subject}-{subject.tokens}x{subject.codes}"
         rows += _rows(run, {"subject": str(subject), **asdict(subject)}, "fp32", 1, {"mib": peak_mib(subject)})
     return rows
+
+
+def _generator_rows(config: EfficiencyConfig) -> list[dict]:
+    bench = Bench(
+        size=config.generator_size,
+        preset=config.preset,
+        kl_width=config.kl_width,
+        batch_size=config.generator_batch,
+        steps=config.generator_steps,
+        rounds=config.rounds,
+        device=config.generator_device,
+    )
+    device = device_name(torch.device(bench.device))
+    rows = []
+    for found in throughput(bench, config.peer_batch):
+        setting = asdict(found.bench) | {k: getattr(found, k) for k in ("name", "what", "against", "expected")}
+        sizes = f"{bench.size}-{bench.preset}-batch{found.bench.batch_size}-{torch.device(bench.device).type}"
+        values = {"time_ratio": (found.ratio, found.low, found.high)}
+        values |= {name: getattr(found, name) for name in ("seconds", "against_seconds")}
+        source = "derived" if found.derived else "measured"
+        run = f"generator-{found.name}-{sizes}"
+        rows += _rows(run, setting, "fp32", bench.rounds, values, device=device, source=source)
+    return rows
+
+
+# Parts of the experiment, in the order of the notebook.
+_PARTS = {"forward": _forward_rows, "quantizers": _quantizer_rows, "generators": _generator_rows}

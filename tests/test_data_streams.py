@@ -1,77 +1,19 @@
-"""WebDataset shards and streaming: an order that processes, workers and restarts cannot change, and damaged shards."""
+"""Streaming: an order that processes, workers and restarts cannot change, and that reads no more than it must."""
 
 import io
-import json
 import os
 import pickle
 import shutil
-import tarfile
 
-import datasets
-import fsspec
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from shard_files import TRAIN, numbers_of, same, samples, streamed, train, write, write_tar
 
-from softvq_lib.data import (
-    DataConfig,
-    UnreadableLog,
-    open_dataset,
-    shards,
-    streams,
-    training_batches,
-    validation_batches,
-)
+from softvq_lib.data import DataConfig, UnreadableLog, open_dataset, shards, streams, validation_batches
 from softvq_lib.data.images import fit, to_tensor
 from softvq_lib.data.streams import StreamOrder
-
-TRAIN, VALIDATION = (37, 5, 41, 20), 12  # images in each shard; the numbers of the images run through all of them
-
-
-def encoded(number):
-    """A picture that tells its number: number // 16 in red and number % 16 in green, twelvefold."""
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), (number // 16 * 12, number % 16 * 12, 7)).save(file, "png")
-    return file.getvalue()
-
-
-def write_tar(path, samples):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in samples:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
-
-
-def samples(numbers, broken=()):
-    for number in numbers:
-        yield f"{number:04d}.png", b"junk" if number in broken else encoded(number)
-        yield f"{number:04d}.cls", str(number % 3).encode()
-
-
-def write_parquet(path, numbers, broken=(), rows=7):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    images = [{"bytes": b"junk" if n in broken else encoded(n), "path": None} for n in numbers]
-    table = datasets.Dataset.from_dict({"image": images, "label": [n % 3 for n in numbers]})
-    table.to_parquet(str(path), batch_size=rows)  # rows of a row group
-    return path
-
-
-def write(folder, kind, broken=()):
-    """Shards of `TRAIN` and `VALIDATION` images; their numbers follow the names of the shards."""
-    first = 0
-    for shard, count in enumerate((*TRAIN, VALIDATION)):
-        name = f"train-{shard}" if shard < len(TRAIN) else "val-0"
-        numbers = range(first, first + count)
-        if kind == "tar":
-            write_tar(folder / f"{name}.tar", samples(numbers, broken))
-        else:
-            write_parquet(folder / f"{name}.parquet", numbers, broken)
-        first += count
-    return folder
 
 
 @pytest.fixture(scope="module", params=["tar", "parquet"])
@@ -84,31 +26,6 @@ def small(monkeypatch):
     """Lanes and windows that so few images have several of."""
     monkeypatch.setattr(streams, "LANES", 4)
     monkeypatch.setattr(streams, "WINDOW", 20)
-
-
-def streamed(dataset, **options):
-    return open_dataset(DataConfig(str(dataset), streaming=True, **options), 8)
-
-
-def train(source, steps, **options):
-    defaults = {"image_size": 8, "batch_size": 8, "seed": 0, "workers": 0}
-    return list(training_batches(source, steps=steps, **(defaults | options)))
-
-
-def same(first, second):
-    return len(first) == len(second) and all(
-        torch.equal(a.images, b.images)
-        and torch.equal(a.labels, b.labels)
-        and torch.equal(a.indices, b.indices)
-        and a.unreadable == b.unreadable
-        for a, b in zip(first, second, strict=True)
-    )
-
-
-def numbers_of(images):
-    """The numbers that `encoded` pictures tell."""
-    red, green, _ = ((images[:, :, 0, 0] + 1) * 127.5).round().long().unbind(1)
-    return (red // 12 * 16 + green // 12).tolist()
 
 
 def test_a_streamed_data_set_opens_as_a_loaded_one_does(folder):
@@ -293,68 +210,6 @@ def test_nothing_readable_is_an_error(tmp_path, small, workers):
         train(streamed(tmp_path).train, 1, workers=workers)
 
 
-# -- WebDataset shards ---------------------------------------------------------------------------------------------
-
-
-def test_webdataset_shards_are_held_out_from_and_labelled(tmp_path):
-    write_tar(tmp_path / "a.tar", samples(range(20)))
-    data = open_dataset(DataConfig(str(tmp_path / "a.tar")), 8)
-    assert data.describe() == "a: 19 training and 1 validation images, 3 classes (0, 1, 2)"
-    batch = train(data.train, 1)[0]
-    assert [number % 3 for number in numbers_of(batch.images)] == batch.labels.tolist()
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("ending", ["jpg", "PNG", "webp", "jpeg"])
-def test_webdataset_labels_may_lie_in_json(tmp_path, streaming, ending):
-    for shard, numbers in {"imagenet-train-00.tar": range(10), "imagenet-validation-00.tar": range(10, 14)}.items():
-        write_tar(
-            tmp_path / shard,
-            [
-                pair
-                for number in numbers
-                for pair in (
-                    (f"d.x/{number}.{ending}", encoded(number)),
-                    (f"d.x/{number}.json", json.dumps({"label": "abc"[number % 3], "width": 8.5}).encode()),
-                )
-            ],
-        )
-    data = open_dataset(DataConfig(str(tmp_path / "*.tar"), streaming=streaming), 8)
-    assert (len(data.train), len(data.validation), data.classes) == (10, 4, ["a", "b", "c"])
-    for batch in train(data.train, 1, batch_size=5):
-        assert [number % 3 for number in numbers_of(batch.images)] == batch.labels.tolist()
-    named = open_dataset(DataConfig(str(tmp_path / "*.tar"), streaming=streaming, label_column="json.label"), 8)
-    assert named.fingerprint == data.fingerprint
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_samples_without_a_picture_or_label(tmp_path, streaming):
-    pairs = [pair for pair in samples(range(8)) if pair[0] not in ("0005.png", "0006.cls", "0007.cls")]
-    hidden = [("._0001.png", b"x"), ("__0002.png", b"x"), ("README", b"x")]
-    write_tar(tmp_path / "train.tar", [*pairs, *hidden])
-    write_tar(tmp_path / "val.tar", samples(range(2)))
-    data = open_dataset(DataConfig(str(tmp_path), streaming=streaming), 8)
-    assert len(data.train) == 8
-    (batch,) = train(data.train, 1, batch_size=8)
-    shown = dict(zip(numbers_of(batch.images), batch.labels.tolist(), strict=True))
-    assert shown == {0: 0, 1: 1, 2: 2, 3: 0, 4: 1, 6: -1, 7: -1}
-    assert [reason for _, _, reason in batch.unreadable] == ["the cell is empty"]
-
-
-def test_what_was_learnt_of_a_tar_is_kept(tmp_path, monkeypatch):
-    path = write_tar(tmp_path / "train.tar", samples(range(9)))
-    first = shards.TarShard(str(path), "train.tar", "png", "cls")
-    monkeypatch.setattr(tarfile, "open", None)
-    again = shards.TarShard(str(path), "train.tar", "png", "cls")
-    assert np.array_equal(first.offsets, again.offsets) and first.labels == again.labels == [0, 1, 2] * 3
-    monkeypatch.undo()
-    write_tar(path, samples(range(11)))
-    assert shards.TarShard(str(path), "train.tar", "png", "cls").count == 11
-    # No place for it is no reason to stop.
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(path / "below-a-file"))
-    assert shards.TarShard(str(path), "train.tar", "png", "cls").count == 11
-
-
 def test_the_fingerprint_follows_content_and_not_place(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "moved")
     first = streamed(folder).fingerprint
@@ -362,123 +217,6 @@ def test_the_fingerprint_follows_content_and_not_place(folder, tmp_path):
     name = next(name for name in os.listdir(folder) if name.startswith("train-1"))
     shutil.copy(folder / name.replace("1", "0"), tmp_path / "moved" / name)
     assert streamed(tmp_path / "moved").fingerprint != first
-
-
-def torn(content, how):
-    header = content.index(b"0003.png")
-    if how == "inside a picture":
-        return content[: header + 512 + 20]
-    if how == "between samples":
-        return content[:header]
-    if how == "a damaged header":
-        return content[:header] + b"\xff" * 512 + content[header + 512 :]
-    return content[: header + 100]  # inside a header
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("how", ["inside a picture", "between samples", "a damaged header", "inside a header"])
-def test_a_torn_tar_is_an_error_and_no_shorter_data_set(tmp_path, how, streaming):
-    whole = write_tar(tmp_path / "train-1.tar", samples(range(8))).read_bytes()
-    for name in ("train-0.tar", "val.tar"):
-        (tmp_path / name).write_bytes(whole)
-    (tmp_path / "train-1.tar").write_bytes(torn(whole, how))
-    with pytest.raises(ValueError, match=r"shard .*train-1.tar cannot be read.*Fetch or write it again"):
-        open_dataset(DataConfig(str(tmp_path), streaming=streaming), 8)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("change", ["gone", "shorter"])
-def test_a_shard_lost_while_training_is_named(tmp_path, small, workers, change):
-    for kind in ("tar", "parquet"):
-        source = streamed(write(tmp_path / kind, kind)).train
-        before = train(source, 30)
-        for path in (tmp_path / kind).glob("train-*"):
-            path.write_bytes(path.read_bytes()[:300]) if change == "shorter" else path.unlink()
-        with pytest.raises(ValueError, match=rf"^shard .*train-\d.{kind} cannot be read.*last checkpoint is kept"):
-            train(source, 30, workers=workers)
-        assert len(before) == 30
-
-
-# -- the hub, in a local stand-in ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["tar", "parquet"])
-def test_a_hub_data_set_streams_at_its_commit(tmp_path, monkeypatch, small, kind):
-    build = datasets.load_dataset_builder
-
-    def builder(name, **options):
-        if options:
-            return build(name, **options)
-        place = f"memory://{kind}/{name}@{commit}"
-        splits = {"train": f"{place}/train-*", "validation": f"{place}/val-*"}
-        return build({"tar": "webdataset"}.get(kind, kind), data_files=splits)
-
-    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
-    found = []
-    for commit in ("a1" * 20, "b2" * 20):
-        folder = write(tmp_path / commit, kind)
-        fsspec.filesystem("memory").put(f"{folder}/", f"/{kind}/owner/name@{commit}/", recursive=True)
-        data = streamed("owner/name")
-        assert (data.name, len(data.train), len(data.validation)) == ("owner/name", 103, 12)
-        assert all("://" in shard.url for shard in data.train.shards)
-        assert same(train(data.train, 14), train(streamed(folder).train, 14))
-        assert streamed("owner/name").fingerprint == data.fingerprint
-        found.append(data.fingerprint)
-    assert found[0] != found[1]
-
-
-def test_a_hub_data_set_of_other_files_is_not_streamed(tmp_path, monkeypatch):
-    (tmp_path / "train.csv").write_text("a\n1\n")
-    made = datasets.load_dataset_builder("csv", data_files=str(tmp_path / "train.csv"))
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: made)
-    with pytest.raises(ValueError, match="'owner/name' is not kept as parquet files or WebDataset shards.*leave"):
-        streamed("owner/name")
-
-
-# -- errors --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def bad_place(tmp_path_factory):
-    root = tmp_path_factory.mktemp("bad")
-    write_tar(root / "alone" / "train-0.tar", samples(range(4)))
-    write_tar(root / "empty" / "train-0.tar", [])
-    write_tar(root / "texts" / "train-0.tar", [(f"{i}.txt", b"text") for i in range(3)])
-    write_tar(root / "texts" / "val-0.tar", [(f"{i}.txt", b"text") for i in range(3)])
-    write_parquet(root / "both" / "train-0.parquet", range(3))
-    write_tar(root / "both" / "val-0.tar", samples(range(3)))
-    (root / "images").mkdir()
-    (root / "images" / "0.png").write_bytes(encoded(1))
-    (root / "junk.tar").write_bytes(b"no tar at all" * 100)
-    (root / "nothing.tar").write_bytes(b"")
-    return root
-
-
-@pytest.mark.parametrize(
-    ("streaming", "dataset", "parts"),
-    [
-        (True, "digits", ["streaming has no meaning for dataset='digits'", "leave it out"]),
-        (True, "images", ["holds neither parquet files nor WebDataset shards", "leave streaming out"]),
-        (True, "images/0.png", ["file of kind '.png'", "shards (.tar)"]),
-        (True, "alone", ["no split for validation", "validation*"]),
-        (True, "absent/*.tar", ["matches no file", "Check the pattern"]),
-        (True, "./absent.tar", ["holds no 'absent.tar'"]),
-        (False, "./absent.tar", ["holds no 'absent.tar'"]),
-        (True, "texts", ["no image column found", "txt (string)"]),
-        (False, "texts", ["no image column found", "txt (string)"]),
-        (False, "empty", ["holds no images"]),
-        (True, "empty/train-0.tar", ["could not be loaded"]),
-        (False, "both/*", ["matches both parquet and tar files", ".tar"]),
-        (False, "junk.tar", ["junk.tar cannot be read"]),
-        (False, "nothing.tar", ["nothing.tar cannot be read", "empty file"]),
-        (True, "nobody/nothing", ["could not be had from the Hugging Face hub"]),
-    ],
-)
-def test_a_bad_data_set_gets_a_clear_error(bad_place, monkeypatch, streaming, dataset, parts):
-    monkeypatch.chdir(bad_place)
-    with pytest.raises(ValueError) as caught:
-        open_dataset(DataConfig(dataset, streaming=streaming), 8)
-    assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
 def test_what_cannot_be_shared_or_filled_is_an_error(folder):

@@ -139,7 +139,7 @@ def test_committed_rows_are_whole():
 
 
 def test_efficiency_measures_and_records(tmp_path):
-    small = {"bench_tokens": 16, "bench_codes": 8}
+    small = {"bench_tokens": 16, "bench_codes": 8, "parts": "forward, quantizers"}
     rows = efficiency(tokens=4, batch_sizes="1, 2", rounds=3, **small, results=str(tmp_path))
     forward = {row["run"] for row in rows if row["run"].startswith("forward")}
     assert forward == {"forward-tiny-4-batch1-fp32", "forward-tiny-4-batch2-fp32"}
@@ -161,6 +161,9 @@ def test_efficiency_measures_and_records(tmp_path):
         ({"batch_sizes": "1;4"}, "batch_sizes='1;4'.*'1,4'"),
         ({"precisions": "fp16"}, "precisions='fp16'"),
         ({"rounds": 0}, "rounds=0"),
+        ({"parts": "forward,generator"}, "parts='generator'.*did you mean 'generators'"),
+        ({"generator_size": "h"}, "generator_size='h'"),
+        ({"peer_batch": 0}, "peer_batch=0"),
     ],
 )
 def test_efficiency_refuses(bad, words):

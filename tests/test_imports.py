@@ -21,6 +21,7 @@ LAYERS = [
         "tables",
         "figures",
         "generator_figures",
+        "generator_tables",
         "style",
         "method_maths",
         "method_figures",

@@ -115,7 +115,7 @@ def test_help_names_the_parameters(capsys):
     ("text", "arguments", "words"),
     [
         ("tokkens: 4", [], "unknown parameter 'tokkens', did you mean 'tokens'?"),
-        ("tokens: four", [], "tokens='four' is of type str, but int or None is wanted"),
+        ("tokens: four", [], "tokens='four' is of type str, but int is wanted"),
         ("lr: 1e-3", [], "write 1.0e-4"),
         ("tokens: [4", [], "x.yaml cannot be read as YAML"),
         ("- tokens", [], "x.yaml holds no parameters"),

@@ -17,7 +17,15 @@ from softvq_lib.training import tokenizer as trainer
 from softvq_lib.training.average import Average
 from softvq_lib.training.files import check_writable, read_lines, write_whole
 
-SMALL = {"dataset": "digits", "tokens": 4, "batch_size": 8, "limit": 64, "val_images": 16, "log_every": 2}
+SMALL = {
+    "dataset": "digits",
+    "tokens": 4,
+    "batch_size": 8,
+    "limit": 64,
+    "val_images": 16,
+    "log_every": 2,
+    "checkpoint_every": 100,
+}
 
 
 def small(tmp_path, **more):

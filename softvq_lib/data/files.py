@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from softvq_lib.config import nearest
 from softvq_lib.data.fingerprints import WHOLE, content_hash
-from softvq_lib.data.shards import SUFFIXES, TarShard
+from softvq_lib.data.shards import SUFFIXES, open_shards
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, Features
@@ -141,10 +141,10 @@ def load_shards(files: list[Path], dataset: str) -> Tables:
     """
     kind, splits, name, identity = _local_shards(files, dataset)
     if kind == "tar":  # at a damaged header `datasets` stops as if the tar ended there
-        full = [path for path in files if TarShard(str(path), path.name).count]
+        full = {shard.url for shard in open_shards([str(path) for path in files], kind, None, None) if shard.count}
         if not full:
             raise ValueError(f"dataset='{dataset}' holds no images: its tar files have no samples.")
-        splits = {split: [path for path in its if path in full] for split, its in splits.items()}
+        splits = {split: [path for path in its if str(path) in full] for split, its in splits.items()}
     patterns = {split: [glob.escape(str(path)) for path in its] for split, its in splits.items() if its}
     loaded = _load(dataset, files, BUILDERS[kind], data_files=patterns)
     return Tables(_by_split(loaded), name, identity)

@@ -10,7 +10,7 @@ import os
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +25,7 @@ class ParquetShard:
     """Rows of a parquet file.
 
     Args:
-        url: path, or address that fsspec knows.
+        url: path, or address such as ``hf://datasets/...``.
         name: for messages.
         image: column of the pictures.
         label: column of the labels, None without.
@@ -81,7 +81,7 @@ class TarShard:
     """Samples of a WebDataset shard: a tar in which consecutive files of one name and several endings belong together.
 
     Args:
-        url: path, or address that fsspec knows.
+        url: path, or address such as ``hf://datasets/...``.
         name: for messages.
         image: ending of the pictures; None: samples are counted only.
         label: ending of the labels, such as ``cls``, or ``json.`` and a key; None without.
@@ -121,24 +121,27 @@ class TarShard:
 Shard = ParquetShard | TarShard
 
 
-def open_shards(urls: list[str], kind: str, image: str, label: str | None) -> list[Shard]:
+def open_shards(urls: list[str], kind: str, image: str | None, label: str | None) -> list[Shard]:
     """Open shards and learn their sizes: of parquet from the end of each file, of a tar from all its headers.
 
     What was learnt of a tar is kept in the cache of `datasets`. A tar on the hub is read through once for it.
 
     Args:
-        urls: paths, or addresses that fsspec knows.
+        urls: paths, or addresses such as ``hf://datasets/...``.
         kind: ``parquet`` or ``tar``.
-        image: column or ending of the pictures.
+        image: column or ending of the pictures; None: samples of a tar are counted only.
         label: likewise of the labels, None without.
 
     Raises:
         ValueError: a shard is missing or damaged.
     """
+    from tqdm import tqdm
+
     cls = {"parquet": ParquetShard, "tar": TarShard}[kind]
     folder = os.path.commonprefix(urls).rpartition("/")[0] + "/"
     with ThreadPoolExecutor(THREADS) as threads:
-        return list(threads.map(lambda url: cls(url, url.removeprefix(folder), image, label), urls))
+        opened = threads.map(lambda url: cls(url, url.removeprefix(folder), image, label), urls)
+        return list(tqdm(opened, "opening shards", len(urls), delay=5, unit="shard"))
 
 
 def label_values(shards: list[Shard]) -> set:
@@ -150,10 +153,10 @@ def label_values(shards: list[Shard]) -> set:
 @contextmanager
 def _opened(url: str) -> Iterator[BinaryIO]:
     """The file, open; whatever goes wrong with it is a ValueError that names it."""
-    import fsspec
+    from datasets.utils.file_utils import xopen  # tries again when a connection breaks
 
     try:
-        with open(url, "rb") if "://" not in url else fsspec.open(url, "rb") as file:
+        with closing(xopen(url, "rb") if "://" in url else open(url, "rb")) as file:
             yield file
     except Exception as error:  # the file system, the network, pyarrow and tarfile each raise their own kinds
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -86,7 +86,8 @@ def open_dataset(config: DataConfig, image_size: int) -> DataSplits:
     """Open a data set and split it.
 
     Splits that the data set brings are used (train, and validation or else test). Otherwise 5 % of the pictures,
-    at least 1 and at most 5,000, are held out by an order that is fixed for ever.
+    at least 1 and at most 5,000, are held out by an order that is fixed for ever; a streamed data set must bring a
+    split for validation.
 
     Args:
         config: which data set, and how.

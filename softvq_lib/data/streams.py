@@ -1,11 +1,12 @@
 """Streamed data sets: an order of shards and pictures that is exact, can begin at any step, and is shared by lanes.
 
 Lanes. In each epoch the shards are shuffled and laid end to end, and the row of pictures is cut into lanes of equal
-length. Lane j fills rows j b / s to (j + 1) b / s of every batch of b, for s lanes, and is read from its begin to its
-end. The number of lanes follows from the batch size alone; whoever reads them, be it a process of many or a worker,
+length. Lane j fills rows j b / s to (j + 1) b / s of every batch of b, for s lanes, and is read from its beginning to
+its end. The number of lanes follows from the batch size alone; whoever reads them, be it a process of many or a worker,
 changes nothing, and each reads only its own lanes, that is, its share of the shards.
 
-Windows. Within a lane consecutive windows of pictures are shuffled, as large as memory allows.
+Windows. Within a lane consecutive windows of pictures are shuffled, 2,048 pictures over all lanes. So a batch is drawn
+from up to 64 places of the data, which is enough also where a shard holds one class after another.
 
 `datasets` has both for its streams, and neither is exact: there `split_dataset_by_node` gives another order for
 another number of processes, workers hand out whole shards, the buffer that shuffles depends on where reading began,
@@ -79,7 +80,6 @@ class StreamedSource(Source):
         """Number and undecoded row of each picture of pieces (shard, first row, row after the last)."""
         for shard, first, after in pieces:
             start = int(self.ends[shard] - self.counts[shard])
-            # Not longer than the piece: the last row would wait for the next row group otherwise.
             for row, held in zip(range(first, after), self.shards[shard].rows(first), strict=False):
                 yield start + row, held
 

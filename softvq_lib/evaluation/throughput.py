@@ -8,7 +8,7 @@ process, and ratios of medians come with a bootstrap interval over rounds.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -80,6 +80,7 @@ class Comparison:
         name: Short, for the row.
         what: That is measured.
         against: That it is measured against.
+        bench: What it was measured on.
         seconds: Of what, the median over rounds.
         against_seconds: Of the other.
         ratio: Of the medians, seconds / against_seconds, with its 95 % interval `low` to `high`.
@@ -90,6 +91,7 @@ class Comparison:
     name: str
     what: str
     against: str
+    bench: Bench
     seconds: float
     against_seconds: float
     ratio: float
@@ -100,6 +102,7 @@ class Comparison:
 
 
 def compare(
+    bench: Bench,
     name: str,
     what: tuple[str, np.ndarray],
     against: tuple[str, np.ndarray],
@@ -109,7 +112,7 @@ def compare(
     """Compare two things by their seconds in the same rounds, (rounds,) each."""
     medians = (float(np.median(seconds)) for _, seconds in (what, against))
     ratio = ratio_of_medians(what[1], against[1])
-    return Comparison(name, what[0], against[0], *medians, *ratio, expected, derived)
+    return Comparison(name, what[0], against[0], bench, *medians, *ratio, expected, derived)
 
 
 def in_turns(subjects: Subjects, bench: Bench) -> Seconds:
@@ -132,9 +135,15 @@ def in_turns(subjects: Subjects, bench: Bench) -> Seconds:
     return {name: np.array(values[1:]) for name, values in seconds.items()}
 
 
-def throughput(bench: Bench) -> list[Comparison]:
-    """Measure all comparisons, one kind after the other, so that the nets of one kind fill the memory at a time."""
-    return [*sampling(bench), *training(bench), *guidance(bench), *against_diffusers(bench)]
+def throughput(bench: Bench, peer_batch: int | None = None) -> list[Comparison]:
+    """Measure all comparisons, one kind after the other, so that the nets of one kind fill the memory at a time.
+
+    Args:
+        bench: What is measured.
+        peer_batch: Images at once beside diffusers' DiT, which takes little time. None: as elsewhere.
+    """
+    peers = replace(bench, batch_size=peer_batch or bench.batch_size)
+    return [*sampling(bench), *training(bench), *guidance(bench), *against_diffusers(peers)]
 
 
 # -- the nets --------------------------------------------------------------------------------------------------------
@@ -245,7 +254,7 @@ def sampling(bench: Bench) -> list[Comparison]:
         return f"a step on {tokens} tokens", seconds[f"sample {tokens}"] / bench.steps
 
     macs = {tokens: forward_macs(sit_config(bench.size, tokens)) for tokens in TOKENS}
-    found = [compare(f"step-{n}", step(n), step(256), macs[n] / macs[256]) for n in TOKENS if n != 256]
+    found = [compare(bench, f"step-{n}", step(n), step(256), macs[n] / macs[256]) for n in TOKENS if n != 256]
     for tokens, pixels, patches in PAIRS:
         for steps in dict.fromkeys([bench.steps, PAPER_STEPS]):
             ours = steps * step(tokens)[1] + seconds[f"decode {tokens} {pixels}"]
@@ -253,7 +262,7 @@ def sampling(bench: Bench) -> list[Comparison]:
             what = f"{tokens} tokens, {pixels} px, {steps} steps and decoding"
             against = (f"{patches} patches of KL latents", theirs)
             found.append(
-                compare(f"image-{tokens}-{pixels}-{steps}", (what, ours), against, derived=steps != bench.steps)
+                compare(bench, f"image-{tokens}-{pixels}-{steps}", (what, ours), against, derived=steps != bench.steps)
             )
     return found
 
@@ -283,25 +292,29 @@ def training(bench: Bench) -> list[Comparison]:
     def encode_kl() -> Tensor:
         return patchify(kl.encode(images).latent_dist.mode(), _PATCH)
 
-    steps = {tokens: _training_step(bench, tokens) for tokens in (64, 256)}
+    steps = {tokens: training_step(_sit(bench, tokens), bench) for tokens in (64, 256)}
     seconds = in_turns({"64": steps[64], "256": steps[256], "encode": encode, "encode KL": encode_kl}, bench)
     cached, online = "on cached latents", "on latents encoded on the fly"
     ours = {cached: seconds["64"], online: seconds["64"] + seconds["encode"]}
     theirs = {cached: seconds["256"], online: seconds["256"] + seconds["encode KL"]}
     macs = forward_macs(sit_config(bench.size, 64)) / forward_macs(sit_config(bench.size, 256))
-    what = "training on 64 tokens, "
-    found = [
-        compare(f"training-{name}", (what + how, ours[how]), ("256 patches of KL latents", theirs[how]), expected)
-        for name, how, expected in (("cached", cached, macs), ("encoding", online, None))
+    patches = "256 patches of KL latents"
+
+    def what(how: str) -> tuple[str, np.ndarray]:
+        return f"training on 64 tokens, {how}", ours[how]
+
+    return [
+        compare(bench, "training-cached", what(cached), (patches, theirs[cached]), macs),
+        compare(bench, "training-encoding", what(online), (patches, theirs[online])),
+        compare(bench, "training-cache", what(cached), (f"the same {online}", ours[online])),
     ]
-    against = ("the same " + online, ours[online])
-    return [*found, compare("training-cache", (what + cached, ours[cached]), against)]
 
 
-def _training_step(bench: Bench, tokens: int) -> Callable[[], None]:
-    model = _sit(bench, tokens).train()
+def training_step(model: SiT, bench: Bench) -> Callable[[], None]:
+    """Return a function that makes one optimiser step on one batch of latents."""
+    model.train()
     optimizer = engine.adamw(model, lr=1e-4, beta2=0.999, weight_decay=0.0)
-    latents, labels = bench.numbers(tokens, TOKENS[tokens]), bench.labels()
+    latents, labels = bench.numbers(model.config.tokens, model.config.dim), bench.labels()
 
     def step() -> None:
         loss, _ = model(latents, labels, bench.generator())
@@ -323,7 +336,7 @@ def guidance(bench: Bench, steps: int = 10) -> list[Comparison]:
     seconds = in_turns({"plain": _sampler(model, bench, **settings), "guided": _sampler(model, bench, **guided)}, bench)
     expected = model.evaluations(**guided) / model.evaluations(**settings)
     what = (f"{steps} steps, guided up to noise level 0.7", seconds["guided"])
-    return [compare("guided", what, (f"{steps} steps without guidance", seconds["plain"]), expected)]
+    return [compare(bench, "guided", what, (f"{steps} steps without guidance", seconds["plain"]), expected)]
 
 
 @torch.inference_mode()
@@ -352,7 +365,7 @@ def against_diffusers(bench: Bench, steps: int = 8) -> list[Comparison]:
     seconds = in_turns(subjects, bench)
     peer = ("diffusers' DiT on 64 tokens", seconds["theirs"])
     return [
-        compare("diffusers-itself", ("the same again", seconds["again"]), peer, 1.0),
-        compare("diffusers-step", ("SiT, one call", seconds["step"]), peer),
-        compare("diffusers-sampling", ("SiT, a step of the sampler", seconds["sampling"] / steps), peer),
+        compare(bench, "diffusers-itself", ("the same again", seconds["again"]), peer, 1.0),
+        compare(bench, "diffusers-step", ("SiT, one call", seconds["step"]), peer),
+        compare(bench, "diffusers-sampling", ("SiT, a step of the sampler", seconds["sampling"] / steps), peer),
     ]

@@ -219,7 +219,7 @@ def step_cost(workload: str, *, rounds: int = 5, threads: int = 1, **changes: ob
         seconds = interleaved(subjects, rounds, threads)
         rows = stage_seconds(ours, rounds)
     total = statistics.median(sum(row.values()) for row in rows)
-    names = sorted({name for row in rows for name in row}, key=lambda name: STAGES.index(name.split()[0]))
+    names = sorted({name for row in rows for name in row}, key=lambda x: (STAGES.index(x.split()[0]), "back" in x))
     median = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "stages": {name: statistics.median(row.get(name, 0.0) for row in rows) for name in names},

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 _TRAINED = {"sit": {"path": "gvp", "times": "lognormal"}, "dit": {"schedule": "cosine"}}
 # How their README samples for the published FIDs with guidance.
 SAMPLING = {
-    "sit": SampleConfig(solver="sde", sample_steps=250, guidance_scale=1.75, guidance_high=0.7),
+    "sit": SampleConfig(solver="sde", sample_steps=250, diffusion="linear", guidance_scale=1.75, guidance_high=0.7),
     "dit": SampleConfig(solver="ddpm", sample_steps=250, guidance_scale=1.75),
 }
 

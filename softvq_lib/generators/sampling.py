@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from softvq_lib.config import at_least, one_of
 from softvq_lib.draws import Seeds
 from softvq_lib.generators.guidance import Guidance
+from softvq_lib.generators.interpolant import DIFFUSIONS
 
 # Which settings each generator has: our parameter and the argument of its `sample`.
 _OF: dict[str, dict[str, str]] = {
-    "sit": {"solver": "solver", "sample_steps": "steps"},
+    "sit": {"solver": "solver", "sample_steps": "steps", "diffusion": "diffusion"},
     "dit": {"solver": "solver", "sample_steps": "steps"},
     "mar": {
         "sample_steps": "steps",
@@ -32,6 +33,7 @@ class SampleConfig:
     Attributes:
         solver: SiT: `euler`, `heun`, `adaptive` or `sde`. DiT: `ddpm`, `ddim` or `dpm++`.
         sample_steps: Steps of the solver; MAR: sets of tokens.
+        diffusion: SiT: noise of the solver `sde`, a name in `DIFFUSIONS`.
         guidance_scale: Classifier-free guidance; 1 is none.
         guidance_low: SiT, DiT: least noise level (0 data, 1 noise) that is guided.
         guidance_high: SiT, DiT: greatest.
@@ -43,6 +45,7 @@ class SampleConfig:
 
     solver: str | None = None
     sample_steps: int | None = None
+    diffusion: str | None = None
     guidance_scale: float = 1.0
     guidance_low: float = 0.0
     guidance_high: float = 1.0
@@ -53,6 +56,8 @@ class SampleConfig:
 
     def __post_init__(self):
         at_least("sample_steps", self.sample_steps, 1)
+        if self.diffusion is not None:
+            one_of("diffusion", self.diffusion, DIFFUSIONS)
         at_least("head_steps", self.head_steps, 1)
         at_least("noise_temperature", self.noise_temperature, 0)
         Guidance(self.guidance_scale, (self.guidance_low, self.guidance_high))

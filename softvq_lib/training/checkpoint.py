@@ -89,14 +89,18 @@ def load_module(prefix: str, module: nn.Module, tensors: dict[str, Tensor]) -> N
     Raises:
         ValueError: when the tensors are those of another module.
     """
+    wrong = f"the checkpoint's {prefix} does not fit this configuration: "
+    state = part(tensors, prefix)
+    unlike = sorted(state.keys() ^ states.get_model_state_dict(module).keys())
+    if unlike:  # which the function below would let pass
+        raise ValueError(f"{wrong}one of them has no {', '.join(unlike[:5])}{', …' if len(unlike) > 5 else ''}.")
     try:
         if any(True for _ in module.parameters()):
-            states.set_model_state_dict(module, part(tensors, prefix), options=_WHOLE)
-        else:  # the function above wants parameters, to know the devices
-            module.load_state_dict(part(tensors, prefix))
+            states.set_model_state_dict(module, state, options=_WHOLE)
+        else:  # it wants parameters, to know the devices
+            module.load_state_dict(state)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"the checkpoint's {prefix} does not fit this configuration: {reason}") from None
+        raise ValueError(wrong + " ".join(str(error).split())[:300]) from None
 
 
 def optimizer_tensors(prefix: str, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -240,7 +240,7 @@ class TokenizerTrainer(Trainer):
         if math_is_fine(each):
             return
         bad = torch.stack([~torch.isfinite(value) for value in each.values()]).any(0).cpu()
-        values = {name: float(value.mean()) for name, value in each.items()}
+        values = {name: float(value.detach().mean()) for name, value in each.items()}
         raise engine.not_finite(self.step, values, part.indices[bad].tolist())
 
     def _adaptive_weight(self, gradient: Tensor, against: Tensor) -> Tensor:

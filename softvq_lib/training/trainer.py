@@ -104,6 +104,7 @@ class Trainer:
         return self.model if name == "model" else self.parts[name]
 
     def _save(self) -> None:
+        began = time.perf_counter()
         tensors = checkpoint.module_tensors("model", self.model) | self._averaged()
         # Of a row of metrics that has begun.
         tensors |= {
@@ -117,6 +118,7 @@ class Trainer:
         if self.main:
             checkpoint.save(self.run.path / "checkpoints", self.step, tensors, self.settings.keep)
         self.accelerator.wait_for_everyone()
+        self._append("timings.jsonl", {"checkpoint_seconds": time.perf_counter() - began})
 
     def _restore(self) -> None:
         found = [checkpoint.newest(self.run.path / "checkpoints") if self.main else None]
@@ -326,9 +328,7 @@ class Trainer:
                 self._measure()
             stop = self._stopping()
             if (self.step % self.every == 0 or stop) and self.step < settings.steps:
-                saving = time.perf_counter()
                 self._save()
-                self._append("timings.jsonl", {"checkpoint_seconds": time.perf_counter() - saving})
             if stop and self.step < settings.steps:
                 log.warning("stopped after step %d, which is saved: the same command goes on from there.", self.step)
                 raise SystemExit(128 + signal.SIGTERM)
