@@ -1,4 +1,4 @@
-"""The efficiency experiment: forward passes of tokenizers, quantizers against their alternatives, generators."""
+"""The efficiency experiment: forward passes and training steps of tokenizers, quantizers, generators."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,9 +10,10 @@ from softvq_lib import results as rows_of
 from softvq_lib.evaluation import forward_cost, quantizer_rows
 from softvq_lib.evaluation.efficiency import Subject, peak_mib
 from softvq_lib.evaluation.throughput import Bench, throughput
+from softvq_lib.evaluation.training_cost import WORKLOADS, run_shares, step_cost
 from softvq_lib.generators import SIZES
 from softvq_lib.tokenizers import PRESETS
-from softvq_lib.training.engine import device_name
+from softvq_lib.training.engine import choose_device, device_name
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,14 @@ class EfficiencyConfig:
     """Which forward passes and which quantizers are measured.
 
     Attributes:
-        parts: What is measured: `forward`, `quantizers`, `generators`, or some of them, separated by commas.
+        parts: What is measured, separated by commas: `forward`, `training`, `quantizers`, `generators`.
         preset: Size of the tokenizer.
         tokens: Latent tokens l.
         batch_sizes: Numbers of images, separated by commas.
         precisions: `fp32`, `bf16` or both, separated by commas.
+        workloads: Training steps, rows of `WORKLOADS`, separated by commas.
+        run_steps: Steps of a training run on files that tells the share of waiting for data; after it comes a run
+            with all settings at their defaults, for the share of checkpoints. None: neither.
         bench_tokens: Tokens that the quantizers work on.
         bench_codes: Codes k of their codebook, of 32 channels.
         bench_memory: Measure their memory too, each in a process of its own, and SoftVQ's at `bench_large_codes`.
@@ -32,18 +36,20 @@ class EfficiencyConfig:
         generator_size: Size of the SiT.
         generator_batch: Images at once that it samples and is trained on.
         generator_steps: Steps of its sampler in a round; the time of more is computed.
-        generator_device: Where: `cpu` or a torch device.
+        generator_device: Where: `auto`, `cpu` or a torch device.
         peer_batch: Images at once beside diffusers' DiT.
         kl_width: Channels of the KL autoencoder that it is compared with; SD-VAE has 128.
         rounds: Passes timed of each.
         results: Folder whose `efficiency.jsonl` the measured rows are appended to. None: nothing is recorded.
     """
 
-    parts: str = "forward,quantizers,generators"
+    parts: str = "forward,training,quantizers,generators"
     preset: str = "tiny"
     tokens: int = 64
     batch_sizes: str = "1,4"
     precisions: str = "fp32"
+    workloads: str = "tiny"
+    run_steps: int | None = None
     bench_tokens: int = 256
     bench_codes: int = 512
     bench_memory: bool = False
@@ -64,6 +70,9 @@ class EfficiencyConfig:
         strictly.one_of("generator_size", self.generator_size, SIZES["sit"])
         for name in ("generator_batch", "generator_steps", "peer_batch", "kl_width"):
             strictly.at_least(name, getattr(self, name), 1)
+        for workload in self.workloads.split(","):
+            strictly.one_of("workloads", workload.strip(), WORKLOADS)
+        strictly.at_least("run_steps", self.run_steps, 1)
         strictly.at_least("tokens", self.tokens, 1)
         for name in ("bench_tokens", "bench_codes", "bench_large_codes", "rounds"):
             strictly.at_least(name, getattr(self, name), 3 if name == "rounds" else 1)
@@ -144,6 +153,27 @@ def _forward_rows(config: EfficiencyConfig) -> list[dict]:
     return rows
 
 
+def _training_rows(config: EfficiencyConfig) -> list[dict]:
+    rows = []
+    for workload in map(str.strip, config.workloads.split(",")):
+        cost = step_cost(workload, rounds=config.rounds)
+        setting = {"workload": workload, **cost["parameters"]}
+        run, precision = f"training-{workload}-{cost['precision']}", cost["precision"]
+        values = {name: cost[name] for name in ("seconds", "images_per_second")}
+        values |= {f"stage_{name.replace(' ', '_')}": value for name, value in cost["stages"].items()}
+        data = {"data": "shapes, JPEG files"}
+        rows += _rows(run, setting | {"threads": cost["threads"]}, precision, config.rounds, values, **data)
+        for passes, ratio in cost["ratio"].items():
+            values = {"time_ratio": ratio, "seconds": cost["processor_seconds"]["ours"]}
+            values |= {"against_seconds": cost["processor_seconds"][passes], "difference": cost["difference"][passes]}
+            against = setting | {"against": passes, "threads": 1}
+            rows += _rows(f"plain-{passes}-{workload}-{precision}", against, precision, config.rounds, values, **data)
+    for name, shares in (run_shares("mini", config.run_steps) if config.run_steps else {}).items():
+        setting = {"run": name, "steps": config.run_steps, "threads": torch.get_num_threads()}
+        rows += _rows(f"shares-{name.replace(' ', '-')}", setting, precision, 1, shares, data=name)
+    return rows
+
+
 def _quantizer_rows(config: EfficiencyConfig) -> list[dict]:
     rows = []
     for pair in quantizer_rows(
@@ -163,6 +193,7 @@ def _quantizer_rows(config: EfficiencyConfig) -> list[dict]:
 
 
 def _generator_rows(config: EfficiencyConfig) -> list[dict]:
+    device = choose_device(config.generator_device)
     bench = Bench(
         size=config.generator_size,
         preset=config.preset,
@@ -170,20 +201,24 @@ def _generator_rows(config: EfficiencyConfig) -> list[dict]:
         batch_size=config.generator_batch,
         steps=config.generator_steps,
         rounds=config.rounds,
-        device=config.generator_device,
+        device=str(device),
     )
-    device = device_name(torch.device(bench.device))
     rows = []
     for found in throughput(bench, config.peer_batch):
         setting = asdict(found.bench) | {k: getattr(found, k) for k in ("name", "what", "against", "expected")}
-        sizes = f"{bench.size}-{bench.preset}-batch{found.bench.batch_size}-{torch.device(bench.device).type}"
+        sizes = f"{bench.size}-{bench.preset}-batch{found.bench.batch_size}-{device.type}"
         values = {"time_ratio": (found.ratio, found.low, found.high)}
         values |= {name: getattr(found, name) for name in ("seconds", "against_seconds")}
         source = "derived" if found.derived else "measured"
         run = f"generator-{found.name}-{sizes}"
-        rows += _rows(run, setting, "fp32", bench.rounds, values, device=device, source=source)
+        rows += _rows(run, setting, "fp32", bench.rounds, values, device=device_name(device), source=source)
     return rows
 
 
 # Parts of the experiment, in the order of the notebook.
-_PARTS = {"forward": _forward_rows, "quantizers": _quantizer_rows, "generators": _generator_rows}
+_PARTS = {
+    "forward": _forward_rows,
+    "training": _training_rows,
+    "quantizers": _quantizer_rows,
+    "generators": _generator_rows,
+}

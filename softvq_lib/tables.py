@@ -121,6 +121,60 @@ def forward_cost(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def training_stages(rows: list[dict]) -> str:
+    """One line a stage of a training step, one column a measured workload: milliseconds, forward + backward."""
+    runs = _by_run([row for row in rows if row["run"].startswith("training-")])
+    if not runs:
+        return "*No rows have been recorded.*"
+    heads = []
+    for metrics in runs:
+        config = metrics["seconds"]["config"]
+        heads.append(f"{config['workload']}, {config['image_size']} px, batch {config['batch_size']}, ms | share")
+    lines = ["| stage | " + " | ".join(heads) + " |", "|---|" + "--:|--:|" * len(runs)]
+    stages = dict.fromkeys(name.split("_")[1] for metrics in runs for name in metrics if name.startswith("stage_"))
+    for stage in stages:
+        cells = [stage]
+        for metrics in runs:
+            names = (f"stage_{stage}{half}" for half in ("", "_forward", "_backward"))
+            parts = [metrics[name]["value"] for name in names if name in metrics]
+            cells.append(" + ".join(f"{1000 * part:.0f}" for part in parts))
+            cells.append(f"{100 * sum(parts) / metrics['seconds']['value']:.0f} %")
+        lines.append("| " + " | ".join(cells) + " |")
+    totals = (f"{1000 * m['seconds']['value']:.0f} | {m['images_per_second']['value']:.1f} images/s" for m in runs)
+    return "\n".join([*lines, "| whole step | " + " | ".join(totals) + " |"])
+
+
+def training_ratio(rows: list[dict]) -> str:
+    """One line a plain loop that training steps are measured against: seconds, ratio with its interval, agreement."""
+    runs = _by_run([row for row in rows if row["run"].startswith("plain-")])
+    if not runs:
+        return "*No rows have been recorded.*"
+    loops = {"each": "a reconstruction for each loss", "shared": "one reconstruction for all losses"}
+    lines = [
+        "| workload | plain loop | ours, s | plain, s | time ratio | terms differ by |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for metrics in runs:
+        config = metrics["time_ratio"]["config"]
+        seconds = (f"{metrics[name]['value']:.2f}" for name in ("seconds", "against_seconds"))
+        cells = [config["workload"], loops[config["against"]], *seconds, _interval(metrics["time_ratio"], 2)]
+        lines.append("| " + " | ".join([*cells, f"{metrics['difference']['value']:.0e}"]) + " |")
+    return "\n".join(lines)
+
+
+def run_shares(rows: list[dict]) -> str:
+    """One line a training run: what share of its time it waited for data, and wrote checkpoints."""
+    runs = _by_run([row for row in rows if row["run"].startswith("shares-")])
+    if not runs:
+        return "*No rows have been recorded.*"
+    lines = ["| run | waiting for data | writing checkpoints |", "|---|--:|--:|"]
+    for metrics in runs:
+        shares = (metrics.get(name) for name in ("data_share", "checkpoint_share"))
+        cells = ["–" if share is None else f"{100 * share['value']:.1f} %" for share in shares]
+        lines.append("| " + " | ".join([metrics["data_share"]["config"]["run"], *cells]) + " |")
+    return "\n".join(lines)
+
+
 def quantizer_cost(rows: list[dict]) -> str:
     """One line a comparison of quantizers: processor time and memory, ours against theirs, ratios with intervals."""
     runs = _by_run([row for row in rows if row["run"].startswith("quantizer-")])

@@ -141,6 +141,7 @@ def test_a_hub_data_set_streams_at_its_commit(tmp_path, monkeypatch, small, kind
         return build({"tar": "webdataset"}.get(kind, kind), data_files=splits)
 
     monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    monkeypatch.chdir(tmp_path.root)  # `datasets` takes such addresses relative to where it runs
     found = []
     for commit in ("a1" * 20, "b2" * 20):
         folder = write(tmp_path / "owner" / f"name@{commit}", kind)

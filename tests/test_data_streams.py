@@ -113,12 +113,13 @@ def test_seed_and_batch_size_decide_the_order(folder, small):
 @pytest.fixture
 def touched(monkeypatch):
     """Counts the rows that are read from shards, and the shards by name."""
-    seen = {"rows": 0, "shards": set()}
+    seen = {"rows": 0, "opened": 0, "shards": set()}
     for cls in (shards.TarShard, shards.ParquetShard):
         original = cls.rows
 
         def rows(self, start, original=original):
             seen["shards"].add(self.name)
+            seen["opened"] += 1
             for row in original(self, start):
                 seen["rows"] += 1
                 yield row
@@ -146,6 +147,8 @@ def test_pictures_of_a_batch_come_from_all_over_the_data():
     places = [order.pieces(0, lane, 0)[0] for lane in range(order.lanes)]
     assert len({shard for shard, _, _ in places}) > 50
     assert sum(after - first for lane in range(64) for _, first, after in order.pieces(0, lane, 0)) == 390 * 256
+    turns = [order.turns(*key) for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
+    assert all(sorted(turn) == list(range(32)) for turn in turns) and len(set(map(tuple, turns))) == 4
 
 
 @pytest.mark.parametrize(("batch_size", "lanes"), [(1, 1), (7, 7), (64, 64), (96, 48), (100, 50), (256, 64), (67, 1)])
@@ -170,6 +173,13 @@ def test_single_pictures_can_be_had_in_any_order(folder):
         assert numbers_of(to_tensor(images)) == numbers
     with pytest.raises(IndexError):
         source[103]
+
+
+def test_a_forked_worker_opens_files_of_its_own(folder, touched, monkeypatch):
+    source = streamed(folder).train
+    assert [source[number][1] for number in range(4)] == [0, 1, 2, 0] and touched["opened"] == 1
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    assert [source[number][1] for number in range(4, 8)] == [1, 2, 0, 1] and touched["opened"] == 2
 
 
 def test_limit_keeps_the_first_of_the_files(folder, small, touched):

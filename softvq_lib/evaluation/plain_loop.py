@@ -1,9 +1,7 @@
 """One step of Eq. 7 as a plain loop makes it: what the trainer's time is measured against.
 
-The nets, random numbers, optimisers and precision are a trainer's, and so the losses are equal. What a plain loop does
-not do: differentiate the losses of the pixels before it goes back through the tokenizer, once for all of them; take
-images, reconstructions and their augmented views through the discriminator together; spare the discriminator a
-gradient that nobody uses; keep a teacher's features.
+Nets, random numbers, optimisers and precision are a trainer's, so losses are equal. No pass of tokenizer or
+discriminator is shared, the discriminator gets a gradient that nobody uses, and a teacher's features are not kept.
 """
 
 import torch
@@ -14,7 +12,6 @@ from softvq_lib.losses.adversarial import consistency_loss, discriminator_loss, 
 from softvq_lib.losses.augmentation import Augmentation
 from softvq_lib.losses.objective import weighted
 from softvq_lib.losses.reconstruction import RECONSTRUCTION
-from softvq_lib.training import engine
 from softvq_lib.training.tokenizer import TokenizerTrainer
 
 PASSES = ("each", "shared")
@@ -29,13 +26,12 @@ def plain_step(trainer: TokenizerTrainer, batch: Batch, passes: str = "each") ->
         passes: `each`: every loss of the pixels, and the discriminator's step, reconstructs the images by a forward
             pass of its own. `shared`: one reconstruction serves them all.
     """
-    config, settings, nets, step = trainer.loss_config, trainer.settings, trainer.networks, trainer.step
+    config, nets, step = trainer.loss_config, trainer.networks, trainer.step
     discriminator, images = nets.discriminator, batch.images.to(trainer.device)
     rise = ramp(step, config.adversarial_start, config.adversarial_warmup)
     for name, optimizer in trainer.optimizers.items():
-        peak = trainer.peaks[name]
         for group in optimizer.param_groups:
-            group["lr"] = engine.learning_rate(step, settings.steps, peak, settings.warmup, settings.min_lr)
+            group["lr"] = trainer._rate(trainer.peaks[name])
     trainer.model.train()
     precision = torch.autocast(trainer.device.type, trainer.dtype, enabled=trainer.dtype != torch.float32)
 
@@ -48,7 +44,7 @@ def plain_step(trainer: TokenizerTrainer, batch: Batch, passes: str = "each") ->
         return reconstructions.float()
 
     def judge(x: Tensor, strength: str) -> Tensor:
-        draws = trainer.draws("discriminator", 0)  # anew, so that all passes draw the same
+        draws = trainer.draws("discriminator", 0)  # anew: all views and passes are drawn alike
         views = {name: Augmentation.draw(x, draws, strength=name) for name in ("weak", "strong")}
         return discriminator(views[strength](x) if config.diffaug or strength == "strong" else x, draws)
 
@@ -66,19 +62,19 @@ def plain_step(trainer: TokenizerTrainer, batch: Batch, passes: str = "each") ->
     with precision:
         with torch.no_grad():
             fake = reconstruct().detach()
-        pairs = [[judge(x, strength) for strength in ("weak", "strong")] for x in (images, fake)]
-        (real, _), (fake, _) = pairs
+        pairs = (real, _), (fake, _) = [[judge(x, strength) for strength in ("weak", "strong")] for x in (images, fake)]
         terms |= {"discriminator": discriminator_loss(real, fake), "lecam": nets.lecam(real, fake)}
         terms["consistency"] = sum(consistency_loss(*pair) for pair in pairs) / 2
         judged = config.adversarial_weight * rise * (terms["discriminator"] + config.lecam_weight * terms["lecam"])
         (judged + config.consistency_weight * terms["consistency"]).backward()
 
     for name, part in (("gradient_norm", trainer.model), ("discriminator_gradient_norm", discriminator)):
-        terms[name] = nn.utils.clip_grad_norm_(part.parameters(), settings.clip)
+        terms[name] = nn.utils.clip_grad_norm_(part.parameters(), trainer.settings.clip)
     for optimizer in trainer.optimizers.values():
         optimizer.step()
         optimizer.zero_grad()
     nets.lecam.update(real.mean(), fake.mean())
     discriminator.advance()
     trainer.average.update(step)
+    trainer.step += 1
     return {name: term.detach() for name, term in terms.items()}

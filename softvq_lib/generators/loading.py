@@ -199,6 +199,8 @@ def load_generator(
     files._verify(weights_file, about.weights_sha256)
     model = _empty(config)
     _fill(model, weights_file, config_file, theirs)
+    if theirs and config.generator == "dit":
+        model.diffusion.full_range = True  # as its authors sample, from the last timestep on
     return Loaded(
         model=model.eval(),
         mean=torch.tensor(about.mean),
