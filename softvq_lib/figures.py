@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from softvq_lib import results as rows_of
 from softvq_lib.style import OKABE_ITO, WIDTH, colour_of, new_figure
 from softvq_lib.tables import quantizer_label
 
@@ -194,19 +195,8 @@ def compare_quantizers(rows: list[dict]):
 
 
 def _recorded_pictures(row: dict, folder: Path) -> dict[str, Path]:
-    """Find the pictures that a results row names, and check their sha256.
-
-    Raises:
-        ValueError: when a picture is missing or is not the one that was recorded.
-    """
-    import hashlib
-
-    found = {}
-    for name, sha256 in row["pictures"].items():
-        found[name] = path = Path(folder) / name
-        if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            raise ValueError(f"{path} is missing or is not the picture that its results row names.")
-    return found
+    """Find the pictures that a results row names, and check their sha256."""
+    return {name: rows_of.find_file(row, name, folder) for name in row["pictures"]}
 
 
 def recorded_progress(row: dict, folder: Path, last: int = 3):

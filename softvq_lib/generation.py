@@ -14,10 +14,12 @@ from softvq_lib.data import DataSplits
 from softvq_lib.distributed import rank
 from softvq_lib.experiments import RecordConfig
 from softvq_lib.generators.loading import Loaded, load_generator
-from softvq_lib.generators.sampling import SampleConfig, generate
+from softvq_lib.generators.sampling import SampleConfig
+from softvq_lib.sampling import sample_images
 from softvq_lib.tokenizers import Tokenizer
 from softvq_lib.training import Run
-from softvq_lib.training.generator import CONFIGS, DEFAULTS, find_tokenizer
+from softvq_lib.training.engine import choose_device
+from softvq_lib.training.generator import CONFIGS, completed
 from softvq_lib.training.generator import train_generator as train
 
 
@@ -27,7 +29,7 @@ class ShowConfig:
 
     Attributes:
         columns: Samples of each class in the grid.
-        judged: Samples that a classifier trained on real digits judges; digits only. 0: none.
+        judged: Samples that a classifier trained on real digits judges, at least two of each; digits only. 0: none.
         sample_seed: Of the samples; image i has the seed sample_seed + i.
     """
 
@@ -38,6 +40,8 @@ class ShowConfig:
     def __post_init__(self):
         at_least("columns", self.columns, 1)
         at_least("judged", self.judged, 0)
+        if 0 < self.judged < 20:
+            raise ValueError(f"judged={self.judged} is too few: give at least 20, two of each digit, or 0 for none.")
         at_least("sample_seed", self.sample_seed, 0)
 
 
@@ -79,10 +83,7 @@ class GeneratorExperiment:
     def sample(self, labels: Tensor, seed: int, progress=None) -> Tensor:
         """Generate images of the classes `labels` (b,), float32 (b, 3, height, width) in [-1, 1]."""
         seeds = range(seed, seed + len(labels))
-        latents = generate(self.loaded.model, labels, list(seeds), self.settings, progress=progress)
-        z = self.loaded.denormalise(latents)
-        with torch.no_grad():
-            return torch.cat([self.tokenizer.decode(part) for part in z.split(64)]).clamp(-1, 1)
+        return sample_images(self.loaded, self.tokenizer, labels, seeds, self.settings, progress=progress)
 
     @property
     def labels(self) -> Tensor:
@@ -125,7 +126,7 @@ def train_generator(**values: object) -> GeneratorExperiment | None:
         ValueError: for a parameter that is unknown (the nearest is named) or out of range, and for a tokenizer, data
             or folders that cannot be used.
     """
-    values = DEFAULTS | values
+    values = completed(values)
     _, _, data_config, settings, samples, show, record = strictly.split(values, *GENERATOR_EXPERIMENT)
     if show.judged and data_config.dataset != "digits":
         raise ValueError(f"judged={show.judged} needs dataset='digits', whose judge is a classifier of digits.")
@@ -134,10 +135,12 @@ def train_generator(**values: object) -> GeneratorExperiment | None:
     if rank():
         return None
     loaded = load_generator(run.path / "generator")
+    device = choose_device(settings.device)
+    loaded.model.to(device)
     experiment = GeneratorExperiment(
         run=run,
         data=run.data,
-        tokenizer=find_tokenizer(loaded.tokenizer, settings.runs),
+        tokenizer=run.tokenizer.to(device),
         loaded=loaded,
         settings=samples,
         columns=show.columns,
@@ -161,7 +164,9 @@ def _judge(experiment: GeneratorExperiment, count: int) -> dict:
     (train_images, _), held_out = real_digits("train", size), real_digits("validation", size)
     found = judge(*experiment.judged, classifier, train_images, held_out)
     with torch.no_grad():
-        decoded = torch.cat([experiment.tokenizer(part)[0] for part in held_out[0].split(64)]).clamp(-1, 1)
+        device = next(experiment.tokenizer.parameters()).device
+        decoded = [experiment.tokenizer(part.to(device))[0].cpu() for part in held_out[0].split(64)]
+    decoded = torch.cat(decoded).clamp(-1, 1)
     same = judge(decoded, held_out[1], classifier, train_images, held_out)
     found |= {"real_agreement": classifier.held_out, "decoded_agreement": same["class_agreement"]}
     return found | {f"decoded_{name}": same[name] for name in ("precision", "recall", "copied", "diversity")}
@@ -172,7 +177,8 @@ def _beside_nearest(experiment: GeneratorExperiment, pairs: int = 40) -> Tensor:
     from softvq_lib.evaluation.generated import nearest, real_digits
 
     train_images, _ = real_digits("train", experiment.tokenizer.config.image_size)
-    samples = experiment.judged[0][:pairs]
+    samples = experiment.judged[0]
+    samples = samples[: min(pairs, len(samples)) // 8 * 8]
     closest = train_images[nearest(samples, train_images)[1]]
     return torch.stack([samples.unflatten(0, (-1, 8)), closest.unflatten(0, (-1, 8))], 1).flatten(0, 2)
 
@@ -210,7 +216,7 @@ def _record(experiment: GeneratorExperiment, folder: Path) -> None:
         "low": None,
         "high": None,
         "interval": "",
-        "n": 256,
+        "n": run.manifest.get("held_out", 256),
         "curve": curve,
         "train_seconds": run.seconds,
         "pictures": rows_of.keep_pictures(folder / "train_generator", pictures),
@@ -218,6 +224,8 @@ def _record(experiment: GeneratorExperiment, folder: Path) -> None:
     rows = [first]
     for name, (value, low, high) in experiment.numbers.items():
         interval = "" if low is None else "95 % Wilson"
-        n = len(experiment.judged[1])
+        # Shares of the held-out digits, and what is measured on them.
+        of_held_out = name.startswith("decoded") or name.endswith("recall") or name == "real_agreement"
+        n = len(experiment.data.validation if of_held_out else experiment.judged[1])
         rows.append({**common, "metric": name, "value": value, "low": low, "high": high, "interval": interval, "n": n})
     rows_of.append(folder / "train_generator.jsonl", rows)

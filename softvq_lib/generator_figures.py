@@ -1,5 +1,7 @@
 """Figures of generators: samples by class (Fig. 1), the nearest training images beside them, curves of the training."""
 
+import re
+
 import numpy as np
 
 from softvq_lib.style import COLOUR_CYCLE, WIDTH, new_figure
@@ -28,6 +30,12 @@ def _show(axis, images, columns: int, row_names: list[str] | None = None) -> Non
         axis.tick_params(length=0)
 
 
+def short_name(name: str, length: int = 18) -> str:
+    """Shorten the name of a class: WordNet's number and synonyms are left out, a long one is cut."""
+    name = re.sub(r"^n\d{8}\W*", "", name.split(",")[0]).replace("_", " ") or name
+    return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
 def class_grid(images, labels, classes: list[str] | None = None, columns: int = 8, width: float = WIDTH):
     """Show the first generated images of each class, a row a class.
 
@@ -52,7 +60,7 @@ def class_grid(images, labels, classes: list[str] | None = None, columns: int = 
     for label in shown:
         row = images[labels == label][:columns]
         rows.append(torch.cat([row, row.new_ones(columns - len(row), *row.shape[1:])]))
-    names = [str(label) if classes is None else classes[label].replace("_", " ") for label in shown]
+    names = [str(label) if classes is None else short_name(classes[label]) for label in shown]
     figure, axis = new_figure(1, 1, (width - 0.5) * len(shown) / columns * images.shape[2] / images.shape[3], width)
     _show(axis, torch.cat(rows), columns, names)
     return figure
@@ -84,25 +92,32 @@ def beside_nearest(images, nearest_images, distances=None, width: float = WIDTH)
 
 
 def learning_curve(runs: dict[str, list[dict]], metric: str = "val_loss", label: str = "held-out loss"):
-    """Draw a metric against the step, a line a run.
+    """Draw a metric against the step, a panel a run: losses of different generators have no common scale.
 
     Args:
-        runs: Rows of metrics, with `step`, by the name in the legend; rows without the metric are passed over.
+        runs: Rows of metrics, with `step`, by the name over the panel; rows without the metric are passed over.
         metric: Its name in the rows.
         label: Of the vertical axis.
 
     Raises:
         ValueError: when no run has the metric.
     """
-    figure, axis = new_figure(1, 1, 2.8)
     curves = {name: [(row["step"], row[metric]) for row in rows if metric in row] for name, rows in runs.items()}
-    if not any(curves.values()):
+    curves = {name: sorted(points) for name, points in curves.items() if points}
+    if not curves:
         raise ValueError(f"none of the runs {', '.join(runs)} has {metric!r} in its metrics.")
-    for number, (name, points) in enumerate(curves.items()):
-        if points:
-            colour = COLOUR_CYCLE[number % len(COLOUR_CYCLE)]
-            axis.plot(*zip(*sorted(points), strict=True), "o-", markersize=3, color=colour, label=name)
-    axis.set(xlabel="step", ylabel=label)
-    if len(curves) > 1:
-        axis.legend()
+    columns = min(2, len(curves))
+    lines = -(-len(curves) // columns)
+    figure, axes = new_figure(lines, columns, 2.0 * lines + 0.6 * (lines == 1), squeeze=False)
+    for axis, (name, points) in zip(axes.flat, curves.items(), strict=False):
+        axis.plot(*zip(*points, strict=True), "o-", markersize=3, color=COLOUR_CYCLE[0])
+        axis.set_ylim(bottom=0)
+        if len(curves) > 1:
+            axis.set_title(name)
+    for axis in axes.flat[len(curves) :]:
+        axis.set_axis_off()
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    for axis in axes[:, 0]:
+        axis.set_ylabel(label)
     return figure

@@ -193,7 +193,8 @@ def quantizer_cost(rows: list[dict]) -> str:
         digits = {"seconds": 3, "against_seconds": 3, "time_ratio": 2, "mib": 0, "against_mib": 0, "memory_ratio": 2}
         cells = [config["subject"], config["against"], f"{config['codes']:,}"]
         lines.append("| " + " | ".join(cells + [value(metrics, name, d) for name, d in digits.items()]) + " |")
-    for row in (row for row in rows if row["run"].startswith("memory-")):
+    for metrics in _by_run([row for row in rows if row["run"].startswith("memory-")]):
+        row = metrics["mib"]
         lines.append(f"| {row['config']['subject']} | | {row['config']['codes']:,} | | | | {row['value']:.0f} | | |")
     return "\n".join(lines)
 

@@ -9,8 +9,10 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -37,6 +39,21 @@ TOKENIZER = {
     "run": "run",
 }
 
+# Both flips are encoded; a checkpoint falls into the middle of a row of metrics, and of an epoch.
+GENERATOR = {
+    "dataset": "digits",
+    "limit": 30,
+    "flip": True,
+    "batch_size": 4,
+    "val_images": 8,
+    "steps": 12,
+    "checkpoint_every": 2,
+    "log_every": 4,
+    "workers": 0,
+    "sample_steps": 2,
+    "run": "run",
+}
+
 
 def tokenizer() -> tuple[Callable, dict]:
     """The tokenizer's training function and what it is given; its data are read once, before the forks."""
@@ -47,32 +64,46 @@ def tokenizer() -> tuple[Callable, dict]:
     return train, TOKENIZER
 
 
-KINDS = {"tokenizer": tokenizer}
+def generator() -> tuple[Callable, dict]:
+    """The generator's training function and what it is given; each run encodes the latents for itself."""
+    from softvq_lib.training.generator import train_generator
+
+    train, _ = tokenizer()
+    with tempfile.TemporaryDirectory() as folder:
+        made = train(dataset="digits", tokens=4, steps=2, batch_size=4, limit=64, val_images=8, workers=0, runs=folder)
+        kept = Path(sys.argv[3]) / "tokenizer"
+        shutil.copytree(made.path / "tokenizer", kept)
+    return train_generator, GENERATOR | {"tokenizer": str(kept)}
 
 
-def deterministic(run: Path) -> dict[str, bytes]:
-    """The files of a finished run that must not depend on interruptions: all but timings, log and manifest."""
-    kept = {}
-    for path in sorted(run.rglob("*")):
-        name = path.relative_to(run).as_posix()
-        if path.is_file() and name not in ("timings.jsonl", "log.txt", "manifest.json", "config.json", ".lock"):
-            kept[name] = path.read_bytes()
-    return kept
+KINDS = {"tokenizer": tokenizer, "generator": generator}
+# In the folder of runs and in that of each run, these tell when and where it was made; the last two are ours.
+CIRCUMSTANCES = ("timings.jsonl", "log.txt", "manifest.json", "config.json", ".lock", "output.txt", "calls.json")
+
+
+def deterministic(runs: Path) -> dict[str, bytes]:
+    """The files of finished runs and their latents that must not depend on interruptions."""
+    files = {path.relative_to(runs): path for path in sorted(runs.rglob("*")) if path.is_file()}
+    return {
+        place.as_posix(): path.read_bytes()
+        for place, path in files.items()
+        if not (len(place.parts) <= 2 and place.name in CIRCUMSTANCES)
+    }
 
 
 class Calls:
     """Notes the system calls that make a run's files, and kills the process at one of them.
 
-    A call has a name such as "fsync checkpoints/step-#.safetensors": before the file gets its own name, with only half
-    of its bytes on the disk.
+    A call has a name such as "fsync run/checkpoints/step-#.safetensors": before the file gets its own name, with only
+    half of its bytes on the disk.
 
     Args:
-        run: Folder of the run; calls elsewhere do not count.
+        runs: Folder of the runs; calls elsewhere do not count.
         deadly: Name of a call, and which one of this name is the last thing that the process does. None: live on.
     """
 
-    def __init__(self, run: Path, deadly: tuple[str, int] | None):
-        self.run, self.deadly = run, deadly
+    def __init__(self, runs: Path, deadly: tuple[str, int] | None):
+        self.runs, self.deadly = runs, deadly
         self.made: Counter[str] = Counter()
         for call in CALLS:
             setattr(os, call, self.watch(call, getattr(os, call)))
@@ -87,9 +118,9 @@ class Calls:
 
     def see(self, call: str, target: int | str | Path) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else target)
-        if not path.is_relative_to(self.run):
+        if not path.is_relative_to(self.runs):
             return
-        place = path.relative_to(self.run).as_posix()
+        place = path.relative_to(self.runs).as_posix()
         name = f"{call} {re.sub('[0-9]+', '#', place.replace('/.', '/').lstrip('.').removesuffix('.part'))}"
         self.made[name] += 1
         if self.deadly == (name, self.made[name]):
@@ -109,7 +140,7 @@ def start(
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
         try:
-            calls = Calls(runs / parameters["run"], deadly)
+            calls = Calls(runs, deadly)
             train(**parameters)
             (runs / "calls.json").write_text(json.dumps(calls.made))
             os._exit(0)
@@ -145,7 +176,7 @@ def campaign(train: Callable, parameters: dict, kills: int, seed: int, folder: P
     made = json.loads((whole / "calls.json").read_text())
     of_checkpoints = [name for name in made if "checkpoints/" in name]
     others = [name for name in made if name not in of_checkpoints]
-    expected = deterministic(whole / parameters["run"])
+    expected = deterministic(whole)
     where: Counter[str] = Counter()
     report = {"runs": 0, "differing": [], "files": sorted(expected), "calls": made}
     while where.total() < kills:
@@ -169,7 +200,7 @@ def campaign(train: Callable, parameters: dict, kills: int, seed: int, folder: P
             if ended != "killed":
                 return {**report, "error": (broken / "output.txt").read_text()[-3000:]}
             where[deadly[0] if deadly else "at any time"] += 1
-        found = deterministic(broken / parameters["run"])
+        found = deterministic(broken)
         names = sorted({*expected, *found})
         report["differing"] += [f"{broken.name}/{name}" for name in names if expected.get(name) != found.get(name)]
         report["runs"] += 1

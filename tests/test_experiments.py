@@ -12,15 +12,24 @@ from softvq_lib import ROOT, figures, results, tables, train_tokenizer
 from softvq_lib.config import fields_of
 from softvq_lib.costs import EfficiencyConfig, efficiency
 from softvq_lib.experiments import TOKENIZER_EXPERIMENT, parameters
+from softvq_lib.generation import GENERATOR_EXPERIMENT
+from softvq_lib.sampling import SampleExperimentConfig
+from softvq_lib.training.generator import DEFAULTS
 
 NOTEBOOK = ROOT / "book" / "train_tokenizer.ipynb"
 QUICK = {"tokens": 4, "steps": 12, "batch_size": 8, "limit": 64, "val_images": 40, "log_every": 4}
 
 
 @pytest.mark.parametrize(
-    ("notebook", "classes"), [("train_tokenizer", TOKENIZER_EXPERIMENT), ("efficiency", (EfficiencyConfig,))]
+    ("notebook", "classes", "others"),
+    [
+        ("train_tokenizer", TOKENIZER_EXPERIMENT, {}),
+        ("train_generator", GENERATOR_EXPERIMENT, DEFAULTS),
+        ("sample", (SampleExperimentConfig,), {}),
+        ("efficiency", (EfficiencyConfig,), {}),
+    ],
 )
-def test_notebook_parameters_and_defaults_are_the_dataclasses(notebook, classes):
+def test_notebook_parameters_and_defaults_are_the_dataclasses(notebook, classes, others):
     path = ROOT / "book" / f"{notebook}.ipynb"
     declared = papermill.inspect_notebook(str(path))
     assert all(entry["help"] for entry in declared.values()), "each parameter is explained"
@@ -29,7 +38,7 @@ def test_notebook_parameters_and_defaults_are_the_dataclasses(notebook, classes)
         cell for cell in json.loads(path.read_text())["cells"] if "parameters" in cell["metadata"].get("tags", [])
     )
     exec("from typing import Optional\n" + "".join(cell["source"]), namespace)
-    defaults = {name: default for cls in classes for name, default in fields_of(cls).items()}
+    defaults = {name: default for cls in classes for name, default in fields_of(cls).items()} | others
     assert {name: namespace[name] for name in declared} == defaults
     assert parameters({k: v for k, v in namespace.items() if k != "__builtins__"}) == defaults
 
@@ -125,7 +134,8 @@ def test_a_row_without_its_origin_is_refused(recorded, tmp_path, change, words):
 def test_rows_are_appended_and_the_last_of_a_kind_counts(recorded, tmp_path):
     row = results.read(recorded[1] / "train_tokenizer.jsonl")[0]
     results.append(tmp_path / "rows.jsonl", [row])
-    results.append(tmp_path / "rows.jsonl", [{**row, "value": 1.0}])
+    other = {**row, "value": 1.0, "low": None, "high": None, "interval": ""}
+    results.append(tmp_path / "rows.jsonl", [other])
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 2
     assert [kept["value"] for kept in results.read(tmp_path / "rows.jsonl")] == [1.0]
 
@@ -179,7 +189,8 @@ def test_numbers_of_the_paper_have_a_place(tmp_path):
         "bl": 391,
         "l": 608,
     }
-    assert "s            44.54        44.84        45" in tables.parameter_counts(rows[:1])
+    (small,) = (row for row in rows if row["metric"] == "parameters" and row["preset"] == "s")
+    assert "s            44.54        44.84        45" in tables.parameter_counts([small])
     for bad in ([{**rows[0], "place": None}], [rows[0], rows[0]]):
         (tmp_path / "paper.json").write_text(json.dumps(bad))
         with pytest.raises(ValueError, match="stands there twice"):

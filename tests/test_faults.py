@@ -45,7 +45,8 @@ def test_a_killed_run_ends_like_an_unbroken_one(tmp_path):
     report = campaign(12, tmp_path)
     assert report["inside_a_write"] >= 5 and report["inside_a_write"] < report["kills"]
     assert report["where"].get("at any time", 0) > 0
-    assert {"metrics.jsonl", "tokenizer/model.safetensors", "images/step-00000012.png"} <= set(report["files"])
+    made = {"run/metrics.jsonl", "run/tokenizer/model.safetensors", "run/images/step-00000012.png"}
+    assert made <= set(report["files"])
     names = names_in_checkpoint(tmp_path, 12)
     for prefix in ("model.tokenizer.", "ema.tokenizer.", "discriminator.trained."):
         assert any(name.startswith(prefix) for name in names)
@@ -57,9 +58,19 @@ def test_a_killed_run_ends_like_an_unbroken_one(tmp_path):
     assert {"row.loss", "row.adversarial", "row.lecam", "row.gradient_norm"} <= names_in_checkpoint(tmp_path, 10)
 
 
+def test_a_killed_generator_ends_like_an_unbroken_one(tmp_path):
+    """Its latents, too."""
+    report = campaign(6, tmp_path, "generator")
+    assert report["inside_a_write"] >= 3
+    assert {"run/metrics.jsonl", "run/generator/model.safetensors"} <= set(report["files"])
+    assert any(name.startswith("latents/") for name in report["files"])
+    assert any("latents/" in name for name in report["calls"])
+
+
 @pytest.mark.slow
-def test_two_hundred_kills(tmp_path):
-    report = campaign(200, tmp_path)
+@pytest.mark.parametrize("kind", ["tokenizer", "generator"])
+def test_two_hundred_kills(kind, tmp_path):
+    report = campaign(200, tmp_path, kind)
     assert report["inside_a_write"] >= 80
     # Every call that writes a checkpoint was the last thing that some process did.
     assert {name for name in report["calls"] if "checkpoints" in name} <= set(report["where"])

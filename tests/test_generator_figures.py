@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from softvq_lib.generator_figures import beside_nearest, class_grid, learning_curve
+from softvq_lib.generator_figures import beside_nearest, class_grid, learning_curve, short_name
 
 
 def flat(*values, size=4):
@@ -51,9 +51,25 @@ def test_pairs_stand_over_each_other():
 def test_a_learning_curve_is_that_of_the_rows():
     rows = [{"step": 10, "val_loss": 0.5}, {"step": 5, "loss": 3.0}, {"step": 0, "val_loss": 1.0}]
     figure = learning_curve({"SiT": rows, "DiT": [{"step": 0, "val_loss": 2.0}]})
-    first, second = figure.axes[0].lines
-    assert first.get_xydata().tolist() == [[0, 1.0], [10, 0.5]] and second.get_xydata().tolist() == [[0, 2.0]]
-    assert first.get_color() != second.get_color()
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["SiT", "DiT"]
+    first, second = figure.axes
+    assert first.lines[0].get_xydata().tolist() == [[0, 1.0], [10, 0.5]]
+    assert second.lines[0].get_xydata().tolist() == [[0, 2.0]]
+    assert [axis.get_title() for axis in figure.axes] == ["SiT", "DiT"]
+    assert learning_curve({"SiT": rows, "DiT": []}).axes[0].get_title() == ""
     with pytest.raises(ValueError, match="none of the runs SiT has 'val_mse'"):
         learning_curve({"SiT": rows}, "val_mse")
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("7", "7"),
+        ("T-Shirt", "T-Shirt"),
+        ("n01983481 American lobster, Northern lobster", "American lobster"),
+        ("n01983481", "n01983481"),
+        ("blue_circle", "blue circle"),
+        ("a name of more than eighteen letters", "a name of more th…"),
+    ],
+)
+def test_names_of_classes_fit_beside_a_grid(name, short):
+    assert short_name(name) == short

@@ -6,7 +6,9 @@ from functools import cache
 import pytest
 
 from softvq_lib import config as strictly
+from softvq_lib import results
 from softvq_lib.evaluation.generator_cost import parameter_count, training_hours
+from softvq_lib.paper_tables import paper_rows
 from softvq_lib.tokenizers.published import STATISTICS
 from softvq_lib.train import read_parameters
 from softvq_lib.training import tokenizer as tokenizers
@@ -18,6 +20,7 @@ FOLDER = ROOT / "params" / "paper" / "train_generator"
 FILES = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
 TOKENIZERS = {path.stem: path for path in (FOLDER.parent / "train_tokenizer").glob("*.yaml")}
 IMAGES = 1_281_167  # of ImageNet's training split
+PAPER = results.read_paper(ROOT / "book" / "results" / "paper.json")
 
 # (generator, size of the SoftVQ tokenizer, tokens) -> gFID and IS without guidance, then with it.
 ROWS_1 = {
@@ -60,6 +63,14 @@ ROWS_4 = {
     "": (10.13, 103.4),
     "_clip": (9.89, 109.3),
     "_eva02": (10.34, 112.7),
+}
+INIT_AND_TARGET = {
+    "_scratch": (None, None),
+    "_scratch_dinov2": (None, "dinov2-b"),
+    "_dinov2_unaligned": ("dinov2-b", None),
+    "": ("dinov2-b", "dinov2-b"),
+    "_clip": ("clip-b", "clip-b"),
+    "_eva02": ("eva02-b", "eva02-b"),
 }
 APPENDIX = {"sit_xl_softvq_l_32_512", "mar_h_softvq_l_32_512"}
 
@@ -160,6 +171,26 @@ def test_a_row_of_tab_4_has_its_file(suffix):
     name = f"sit_l_softvq_b_64{suffix}"
     has(tokenizer(name), {"quantizer": "softvq", "preset": "b", "tokens": 64, "image_size": 256})
     assert scores("Tab. 4", *ROWS_4[suffix]) in header(name)
+
+
+def rows_of(place: str, *names: str) -> dict[tuple, tuple]:
+    """Of rows on SoftVQ and controls, what `names` say -> gFID and IS, without guidance and, if printed, with it."""
+    metrics = ("gfid", "is", "gfid_guided", "is_guided")
+    return {
+        tuple(row.entry[name] for name in names): tuple(
+            row.numbers[metric]["value"] for metric in metrics if metric in row.numbers
+        )
+        for row in paper_rows(PAPER, place)
+        if "quantizer" in row.entry
+    }
+
+
+def test_these_are_all_rows_of_the_paper():
+    for place, rows in (("Tab. 1", ROWS_1), ("Tab. 2", ROWS_2)):
+        found = rows_of(place, "generator", "size", "preset", "tokens")
+        assert {(f"{generator}_{size}", *which): n for (generator, size, *which), n in found.items()} == rows
+    assert rows_of("Tab. 3", "quantizer", "tokens") == ROWS_3
+    assert rows_of("Tab. 4", "init", "target") == {INIT_AND_TARGET[suffix]: n for suffix, n in ROWS_4.items()}
 
 
 def test_every_file_is_some_row():

@@ -17,6 +17,7 @@ from softvq_lib.losses import LossConfig
 from softvq_lib.losses.alignment import Projector
 from softvq_lib.losses.discriminator import DINO
 from softvq_lib.losses.perceptual import PERCEPTUAL
+from softvq_lib.paper_tables import paper_rows
 from softvq_lib.tokenizers import Tokenizer
 from softvq_lib.tokenizers.presets import ENCODERS
 from softvq_lib.train import read_parameters
@@ -29,8 +30,8 @@ FILES = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
 OBJECTIVES = sorted((ROOT / "params").glob("*/train_tokenizer/objective*.yaml"))
 
 PAPER = results.read_paper(ROOT / "book" / "results" / "paper.json")
-ROWS_3 = [row for row in PAPER if row["place"] == "Tab. 3" and "preset" in row]
-MILLIONS = {row["preset"]: row["value"] for row in PAPER if row["place"] == "Sec. 4.1"}
+ROWS_3 = [row for row in PAPER if row["metric"] == "tokenizer_parameters" and "preset" in row]
+MILLIONS = {row["preset"]: row["value"] for row in PAPER if row["metric"] == "parameters"}
 
 # (tokenizer, tokens) of Tab. 1 and 2, with the tokenizer's rFID; Tab. 2 has 512 x 512 images.
 ROWS_1 = {("b", 32): 0.89, ("bl", 32): 0.68, ("l", 32): 0.74, ("b", 64): 0.88, ("bl", 64): 0.65, ("l", 64): 0.61}
@@ -150,6 +151,35 @@ def test_a_row_of_tab_3_has_its_file(row):
 
 def test_tab_3_has_twelve_rows():
     assert len(ROWS_3) == 12
+    assert {row["place"] for row in ROWS_3} == {"Tab. 3"}
+
+
+@pytest.mark.parametrize(("place", "rows"), [("Tab. 1", ROWS_1), ("Tab. 2", ROWS_2)])
+def test_these_are_all_rows_on_softvq(place, rows):
+    found: dict[tuple, set] = {}
+    for row in paper_rows(PAPER, place):
+        if row.entry.get("quantizer") == "softvq":
+            found.setdefault((row.entry["preset"], row.entry["tokens"]), set()).add(row.numbers["rfid"]["value"])
+    expected = {row: {rfid} for row, rfid in rows.items()}
+    if place == "Tab. 1":
+        expected["l", 32].add(0.61)  # in the row of MAR-H
+    assert found == expected
+
+
+def test_these_are_all_rows_of_tab_4():
+    found = {
+        (row.entry["init"], row.entry["target"] or "none"): row.numbers["rfid"]["value"]
+        for row in paper_rows(PAPER, "Tab. 4")
+    }
+    assert found == {row: rfid for row, (rfid, _) in ROWS_4.items()}
+
+
+def test_tab_3_has_the_score_of_each_file():
+    for row in paper_rows(PAPER, "Tab. 3"):
+        if "quantizer" in row.entry:
+            name = f"{row.entry['quantizer']}_{row.entry['preset']}_{row.entry['tokens']}"
+            rfid, gfid, inception = (row.numbers[metric]["value"] for metric in ("rfid", "gfid", "is"))
+            assert f"rFID {rfid:.2f}; a SiT-L on it gets gFID {gfid:.2f}, IS {inception:.1f}" in score(name)
 
 
 @pytest.mark.parametrize(("start", "target"), ROWS_4, ids=str)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from softvq_lib.config import at_least, one_of, strict
+from softvq_lib.evaluation import statistics
 
 IMPLEMENTATIONS = ("softvq_lib", "plain", "vector-quantize-pytorch")
 
@@ -130,12 +131,7 @@ def ratio_of_medians(ours: np.ndarray, theirs: np.ndarray, seed: int = 0) -> tup
     Raises:
         ValueError: for other than the same three rounds or more.
     """
-    if len(ours) != len(theirs) or len(ours) < 3:
-        raise ValueError(f"an interval needs three rounds or more of both: {len(ours)} and {len(theirs)} are here.")
-    picks = np.random.default_rng(seed).integers(len(ours), size=(4000, len(ours)))
-    ratios = np.median(ours[picks], axis=1) / np.median(theirs[picks], axis=1)
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return float(np.median(ours) / np.median(theirs)), float(low), float(high)
+    return statistics.ratio_of_medians(ours, theirs, seed=seed).triple
 
 
 def peak_mib(subject: Subject, threads: int = 1) -> float:

@@ -129,7 +129,7 @@ def export_samples(
     one_of("convention", convention, CONVENTIONS)
     config, settings = bundle.model.config, settings or bundle.sampling
     settings.arguments(config.generator)
-    tokens_hash = _check_tokenizer(bundle, tokenizer)
+    tokens_hash = check_tokenizer(bundle, tokenizer)
     classes = sample_labels(count, config.classes, labels, seed)
     header = {
         "format": 1,
@@ -206,7 +206,7 @@ def merge_npz(folder: str | Path, path: str | Path | None = None) -> Path:
     return path
 
 
-def _check_tokenizer(bundle: Loaded, tokenizer: Tokenizer) -> str:
+def check_tokenizer(bundle: Loaded, tokenizer: Tokenizer) -> str:
     """Return the tokenizer's fingerprint.
 
     Raises:

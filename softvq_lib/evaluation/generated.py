@@ -17,6 +17,7 @@ from softvq_lib.config import at_least, fingerprint
 from softvq_lib.data.digits import CLASSES, SIDE, DigitsSource, digits_identity
 from softvq_lib.data.images import fit, to_tensor
 from softvq_lib.draws import uniform
+from softvq_lib.evaluation.statistics import share_interval
 from softvq_lib.training.files import write_whole
 
 Share = tuple[float, float, float]  # a share of n cases, with the low and high of its 95 % Wilson interval
@@ -237,11 +238,7 @@ def _check(images: Tensor, labels: Tensor, train_images: Tensor, real: Tensor, r
 
 
 def _share(cases: Tensor) -> Share:
-    from scipy.stats import binomtest
-
-    test = binomtest(int(cases.sum()), len(cases))
-    interval = test.proportion_ci(0.95, method="wilson")
-    return float(test.statistic), float(interval.low), float(interval.high)
+    return share_interval(int(cases.sum()), len(cases)).triple
 
 
 def _in_parts(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:

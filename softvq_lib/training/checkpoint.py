@@ -34,7 +34,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], keep: int = 2) -> 
         OSError: when it cannot be written; the earlier ones are as they were.
     """
     folder.mkdir(exist_ok=True)
-    for torn in folder.glob(".*.part"):  # of a process that was killed while it wrote
+    for torn in folder.glob(".*"):  # of a process that was killed while it, or safetensors, wrote
         torn.unlink()
     path = folder / f"step-{step:08d}.safetensors"
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}

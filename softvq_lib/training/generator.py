@@ -1,17 +1,20 @@
 """Train a generator, DiT, SiT or MAR, on a tokenizer's cached latents (Sec. 4.1)."""
 
 import logging
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from softvq_lib import config as strictly
 from softvq_lib.config import one_of
 from softvq_lib.data import DataConfig, DataSplits, open_dataset, validation_batches
-from softvq_lib.data.latents import NORMALISE, LatentCache, latent_batches, tokenizer_hash
+from softvq_lib.data.latents import NORMALISE, LatentBatch, LatentCache, latent_batches, tokenizer_hash
 from softvq_lib.draws import Rows
 from softvq_lib.features import build_features
 from softvq_lib.generators import GeneratorConfig
@@ -61,6 +64,23 @@ CONFIGS = (LatentConfig, GeneratorConfig, DataConfig, TrainConfig, SampleConfig)
 DEFAULTS = {"steps": 200, "lr": 1.0e-3, "beta2": 0.99, "weight_decay": 0.0}
 
 
+def completed(parameters: Mapping[str, object]) -> dict[str, object]:
+    """Fill in the generators' defaults and, where latents are aligned, the width of the teacher.
+
+    Raises:
+        ValueError: for a teacher without a block, or the reverse, or a width that is not the teacher's.
+    """
+    parameters = DEFAULTS | dict(parameters)
+    teacher, block, width = (parameters.get(name) for name in ("align_teacher", "align_block", "align_width"))
+    if (teacher is None) != (block is None):
+        raise ValueError(f"align_teacher={teacher!r} and align_block={block!r} belong together: give both or neither.")
+    if isinstance(teacher, str):
+        parameters["align_width"] = there = build_features(teacher).width
+        if width not in (None, there):
+            raise ValueError(f"align_width={width}, but align_teacher={teacher!r} has {there}: leave align_width out.")
+    return parameters
+
+
 def find_tokenizer(name: str, runs: str | None = None) -> Tokenizer:
     """Load a tokenizer from a folder, from a run by its name, or from the hub.
 
@@ -90,57 +110,58 @@ def train_generator(**parameters: object) -> Run:
         ValueError: for a parameter that is unknown or out of range, or a tokenizer, data or folder that cannot be
             used.
     """
-    latent, config, data_config, settings, samples = strictly.split(DEFAULTS | parameters, *CONFIGS)
+    latent, config, data_config, settings, samples = strictly.split(completed(parameters), *CONFIGS)
     samples.arguments(config.generator)
     engine.choose_device(settings.device)
     if data_config.crop != 1:
         raise ValueError(f"crop={data_config.crop} has no meaning for latents, which are encoded once: leave it at 1.")
-    if (latent.align_teacher is None) != (config.align_block is None):
-        raise ValueError(
-            f"align_teacher={latent.align_teacher!r} and align_block={config.align_block!r} belong together: give both "
-            "or neither."
-        )
     if latent.tokenizer is None:
-        made = train_tokenizer(dataset=data_config.dataset, runs=settings.runs, device=settings.device)
+        found = {name: getattr(data_config, name) for name in ("image_column", "label_column", "workers", "streaming")}
+        made = train_tokenizer(dataset=data_config.dataset, runs=settings.runs, device=settings.device, **found)
         latent = replace(latent, tokenizer=made.name)
     tokenizer = find_tokenizer(latent.tokenizer, settings.runs)
     size = tokenizer.config.image_size
     data = open_dataset(data_config, size)
-    teacher = None
-    if latent.align_teacher is not None:
-        teacher = build_features(latent.align_teacher)
-        config = replace(config, align_width=teacher.width)
+    for name in ("tokens", "dim"):
+        wanted, there = getattr(config, name), getattr(tokenizer.config, name)
+        if wanted not in (None, there):
+            raise ValueError(f"{name}={wanted}, but the latents of this tokenizer have {there}: leave {name} out.")
+    classes = len(data.classes or [None])
+    if config.classes is not None and config.classes < classes:
+        raise ValueError(
+            f"classes={config.classes}, but the data have {classes}: give as many or more, or leave it out."
+        )
     config = replace(
-        config,
-        tokens=tokenizer.config.tokens,
-        dim=tokenizer.config.dim,
-        classes=config.classes or len(data.classes or [None]),
+        config, tokens=tokenizer.config.tokens, dim=tokenizer.config.dim, classes=config.classes or classes
     ).resolved()
     accelerator = engine.accelerator(settings.device)
     tokenizer.to(accelerator.device)
-    cache = _cache(tokenizer, data, data_config.flip, latent, settings, accelerator.main_process_first())
     identity = {
         **asdict(config),
         "data": data.fingerprint,
         "flip": data_config.flip,
-        "tokenizer": cache.header["tokenizer"],
+        "tokenizer": tokenizer_hash(tokenizer),
         "normalise": latent.normalise,
-        **({"align_teacher": latent.align_teacher} if teacher else {}),
+        **({"align_teacher": latent.align_teacher} if latent.align_teacher else {}),
         **settings.identity(),
     }
     run = open_run(
         f"{slug(data.name)}-{config.generator}-{config.size}-{config.tokens}x{config.dim}", identity, settings
     )
-    run.data = data
+    run.data, run.tokenizer = data, tokenizer
     if run.finished:
         run.warn_if_code_changed()
         log.info("run %s is finished: it is loaded, not trained again.", run.name)
         return run
+    cache = _cache(identity["tokenizer"], tokenizer, data, data_config, latent, settings, accelerator)
+    teacher = None if latent.align_teacher is None else build_features(latent.align_teacher)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = build_generator(config)
     trainer = GeneratorTrainer(run, model, tokenizer, teacher, cache, data, data_config, latent, settings, samples)
     if trainer.main:
+        # What this generator cannot be sampled with is found now, and not in the middle of training.
+        generate(trainer.measured, torch.zeros(1, dtype=torch.long), [0], samples)
         check_writable(run.path, needed=trainer.checkpoint_bytes * (settings.keep + 1))
         run.claim(parameters, settings.change)
     with engine.log_to(run.path / "log.txt" if trainer.main else None):
@@ -149,14 +170,20 @@ def train_generator(**parameters: object) -> Run:
 
 
 def _cache(
-    tokenizer: Tokenizer, data: DataSplits, flips: bool, latent: LatentConfig, settings: TrainConfig, main_first
-):
-    """Encode the training images, on the first process, unless their latents lie there already."""
+    whose: str,
+    tokenizer: Tokenizer,
+    data: DataSplits,
+    data_config: DataConfig,
+    latent: LatentConfig,
+    settings: TrainConfig,
+    accelerator,
+) -> LatentCache:
+    """Encode the training images, on the first process, unless the latents of the hash `whose` lie there already."""
     folder = Path(latent.latents).expanduser() if latent.latents else runs_folder(settings.runs) / "latents"
-    made_of = [tokenizer_hash(tokenizer), data.fingerprint, tokenizer.config.image_size, flips]
+    made_of = [whose, data.fingerprint, tokenizer.config.image_size, data_config.flip]
     folder /= f"{slug(data.name)}-{tokenizer.config.tokens}x{tokenizer.config.dim}-{strictly.fingerprint(made_of)[:8]}"
-    with main_first:
-        return encode_dataset(tokenizer, data, folder, flips=flips)
+    with accelerator.main_process_first():
+        return encode_dataset(tokenizer, data, folder, flips=data_config.flip, workers=data_config.workers)
 
 
 class GeneratorTrainer(Trainer):
@@ -181,7 +208,9 @@ class GeneratorTrainer(Trainer):
         self.tokenizer, self.cache, self.latent, self.samples = tokenizer.to(self.device), cache, latent, samples
         self.data_config = data_config
         self.teacher = None if teacher is None else teacher.to(self.device)
-        self.held_out: tuple[Tensor, Tensor] | None = None
+        self.held_out: tuple[Tensor, Tensor, Tensor | None] | None = None
+        if settings.gradient_checkpointing:
+            _keep_inputs_alone(self.bare)
         if settings.compile:
             self.bare.compile()
 
@@ -201,40 +230,40 @@ class GeneratorTrainer(Trainer):
         """Data without labels are one class."""
         return labels if self.data.classes else torch.zeros_like(labels)
 
-    def backward(self, part, first: int, share: float) -> dict[str, Tensor]:
+    def backward(self, part: LatentBatch, first: int, share: float) -> dict[str, Tensor]:
+        size = self.tokenizer.config.image_size
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            seen = None if self.teacher is None else self._teacher_tokens(part)
+            seen = self._teacher_tokens(part.images(self.data.train, size)) if self.teacher else None
             loss, terms = self.model(part.latents, self._labels(part.labels), self.draws("generator", first), seen)
         (share * loss).backward()
         return {"loss": loss.detach(), **terms}
 
     @torch.no_grad()
-    def _teacher_tokens(self, part) -> Tensor:
-        images = part.images(self.data.train, self.tokenizer.config.image_size).to(self.device)
+    def _teacher_tokens(self, images: Tensor) -> Tensor:
         side = self.tokenizer.config.image_size // self.tokenizer.config.patch_size
-        return self.teacher.tokens(images, side)
+        return self.teacher.tokens(images.to(self.device), side)
 
     @torch.no_grad()
-    def _held_out(self) -> tuple[Tensor, Tensor]:
-        """Normalised latents and labels of the first held-out images."""
+    def _held_out(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Normalised latents and labels of the first held-out images, and what the teacher sees in them."""
         if self.held_out is None:
             count = min(256, self.settings.val_images)
             size = self.tokenizer.config.image_size
             batches = list(validation_batches(self.data.validation, image_size=size, batch_size=64, limit=count))
             z = torch.cat([self.tokenizer.encode(batch.images.to(self.device)).z for batch in batches])
             labels = torch.cat([batch.labels for batch in batches]).to(self.device)
-            self.held_out = self.cache.normalise(z.float(), self.latent.normalise), self._labels(labels)
+            seen = torch.cat([self._teacher_tokens(batch.images) for batch in batches]) if self.teacher else None
+            self.held_out = self.cache.normalise(z.float(), self.latent.normalise), self._labels(labels), seen
+            self.run.update(held_out=len(labels))
         return self.held_out
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Measure the loss of held-out latents, always at the same noise, and draw a sample of each class."""
-        z, labels = self._held_out()
+        z, labels, seen = self._held_out()
         generator = engine.step_generator(self.device, 0, 0, "held-out")
-        row = {}
-        if self.teacher is None:
-            loss, terms = model(z, labels, Rows(generator, len(z)))
-            row = {"val_loss": float(loss)} | {f"val_{name}": float(value) for name, value in terms.items()}
+        loss, terms = model(z, labels, Rows(generator, len(z)), seen)
+        row = {"val_loss": float(loss)} | {f"val_{name}": float(value) for name, value in terms.items()}
         if self.step:
             rows, columns = (min(10, self.bare.config.classes), 8)
             classes = torch.arange(rows).repeat_interleave(columns)
@@ -242,7 +271,7 @@ class GeneratorTrainer(Trainer):
             folder = self.run.path / "images"
             folder.mkdir(exist_ok=True)
             _grid(folder / f"step-{self.step:08d}.png", images, columns)
-        log.info("step %d of %d: held-out loss %s", self.step, self.settings.steps, row.get("val_loss", "not measured"))
+        log.info("step %d of %d: held-out loss %.4f", self.step, self.settings.steps, row["val_loss"])
         return row
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -251,16 +280,29 @@ class GeneratorTrainer(Trainer):
         return torch.cat([self.tokenizer.decode(part) for part in z.split(64)]).float().clamp(-1, 1).cpu()
 
     def export(self, model: nn.Module) -> None:
-        how = self.latent.normalise
+        made, part = (self.run.path / name for name in ("generator", ".generator.part"))
+        shutil.rmtree(part, ignore_errors=True)
+        mean, std = self.cache.statistics(self.latent.normalise)
         save_generator(
             model,
-            self.run.path / "generator",
+            part,
             tokenizer=self.latent.tokenizer,
             tokenizer_hash=self.cache.header["tokenizer"],
-            mean=self.cache.header["mean"][how],
-            std=self.cache.header["std"][how],
-            normalise=how,
+            mean=mean,
+            std=std,
+            normalise=self.latent.normalise,
         )
+        shutil.rmtree(made, ignore_errors=True)
+        part.rename(made)
+
+
+def _keep_inputs_alone(model: nn.Module) -> None:
+    """Have a backward pass find each transformer block's input alone, and compute the rest again."""
+    if hasattr(model, "backbone"):
+        model.backbone.checkpointing = True
+        return
+    for block in (*model.encoder_blocks, *model.decoder_blocks):  # timm's
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def _grid(path: Path, images: Tensor, columns: int) -> None:

@@ -1,0 +1,98 @@
+"""How near reconstructions are to their originals, image by image: PSNR, SSIM and a perceptual distance (Sec. 4.1)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from softvq_lib.data.images import to_tensor
+from softvq_lib.evaluation.export import to_uint8
+from softvq_lib.losses import psnr
+from softvq_lib.losses.perceptual import Perceptual
+
+DATA_RANGE = 2.0  # of pixels in [-1, 1]
+# SSIM's window in pixels, and its two constants as shares of the data range (Wang et al. 2004).
+WINDOW, SIGMA = 11, 1.5
+K1, K2 = 0.01, 0.03
+
+
+def eight_bit(images: Tensor, convention: str = "mar") -> Tensor:
+    """Bring images (b, 3, height, width) to the values in [-1, 1] that 8-bit pixels have, as they are stored and shown.
+
+    Args:
+        convention: How numbers are rounded, see `softvq_lib.evaluation.export.CONVENTIONS`. `mar` rounds to the
+            nearest; with `repa` an image that is 8-bit already may lose a level, so originals are rounded by `mar`.
+
+    Raises:
+        ValueError: for an unknown convention, or numbers that are not finite, which no pixel has.
+    """
+    check_finite(images, "images")
+    return to_tensor(to_uint8(images, convention))
+
+
+def check_finite(images: Tensor, name: str) -> None:
+    """Raise ValueError, saying how many and which, for images (b, ...) with numbers that are NaN or infinite."""
+    bad = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    if bad:
+        first = ", ".join(map(str, bad[:5]))
+        raise ValueError(
+            f"{len(bad)} of {len(images)} {name} hold NaN or infinite pixels (numbers {first} of the batch): no "
+            "metric is taken of them. Find what made them."
+        )
+
+
+def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """Structural similarity of each image (Wang et al. 2004, Eq. 13), (b,).
+
+    Means, variances and covariance are weighted by a Gaussian of 11 x 11 pixels and sigma 1.5, at the places where it
+    lies within the image; K1 = 0.01, K2 = 0.03, and the data range is 2. The mean is over places and over the three
+    channels, each taken by itself. Reconstructions are clamped to [-1, 1]. Identical images give 1.
+
+    Args:
+        images: (b, 3, height, width) in [-1, 1].
+        reconstructions: Same shape.
+
+    Raises:
+        ValueError: for sides below 11 pixels.
+    """
+    if min(images.shape[2:]) < WINDOW:
+        raise ValueError(f"images of {images.shape[2]} x {images.shape[3]} pixels: SSIM's window needs {WINDOW}.")
+    x, y = images.double(), reconstructions.clamp(-1, 1).double()
+    place = torch.arange(WINDOW, dtype=x.dtype, device=x.device) - WINDOW // 2
+    weights = torch.softmax(-place.square() / (2 * SIGMA**2), 0)
+    moments = torch.stack([x, y, x * x, y * y, x * y])
+    maps = moments.flatten(0, 2)[:, None]  # (5 b 3, 1, height, width)
+    maps = F.conv2d(F.conv2d(maps, weights.view(1, 1, -1, 1)), weights.view(1, 1, 1, -1))
+    mean_x, mean_y, xx, yy, xy = maps.view(5, len(x), -1)  # each (b, 3 places)
+    c1, c2 = (K1 * DATA_RANGE) ** 2, (K2 * DATA_RANGE) ** 2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    structure = (2 * (xy - mean_x * mean_y) + c2) / ((xx - mean_x**2) + (yy - mean_y**2) + c2)
+    return (luminance * structure).mean(1)
+
+
+@torch.no_grad()
+def compare(images: Tensor, reconstructions: Tensor, perceptual: Perceptual | None = None) -> dict[str, Tensor]:
+    """Measure each pair of images.
+
+    Args:
+        images: (b, 3, height, width) in [-1, 1], the originals.
+        reconstructions: Same shape.
+        perceptual: A distance of `build_perceptual`, on the device of the images. None: none.
+
+    Returns:
+        By name, float64 (b,) on the CPU: `psnr` in dB (data range 2), infinite where both are identical; `ssim`, at
+        most 1; and under its label (`LPIPS-VGG`, `perceptual-EffLite1`, ...) the perceptual distance, from 0.
+
+    Raises:
+        ValueError: for sizes that differ or are too small, and images that are NaN or infinite.
+    """
+    if images.shape != reconstructions.shape:
+        raise ValueError(
+            f"originals are {tuple(images.shape)}, reconstructions {tuple(reconstructions.shape)}: both need the same "
+            "number, crop and size."
+        )
+    check_finite(images, "originals")
+    check_finite(reconstructions, "reconstructions")
+    found = {"psnr": psnr(images, reconstructions), "ssim": ssim(images, reconstructions)}
+    if perceptual is not None:
+        found[perceptual.label] = perceptual(images, reconstructions.clamp(-1, 1))
+    return {name: values.double().cpu() for name, values in found.items()}

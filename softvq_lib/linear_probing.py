@@ -1,0 +1,413 @@
+"""The probing experiment: features of trained models and of baselines, a linear head on each (Fig. 3, Tab. 4)."""
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from softvq_lib import config as strictly
+from softvq_lib import results as rows_of
+from softvq_lib.config import at_least, one_of
+from softvq_lib.data import DataConfig, DataSplits, open_dataset
+from softvq_lib.data.latents import tokenizer_hash
+from softvq_lib.evaluation.frozen_features import (
+    LATENTS,
+    POOLINGS,
+    FeatureName,
+    Reader,
+    of_generator,
+    of_network,
+    of_pixels,
+    of_tokenizer,
+    read_features,
+)
+from softvq_lib.evaluation.probing import Probed, probe
+from softvq_lib.features import PACKAGED, build_features
+from softvq_lib.generators.loading import Loaded, load_generator
+from softvq_lib.generators.published import is_published
+from softvq_lib.tokenizers import Tokenizer
+from softvq_lib.tokenizers.loading import CONFIG
+from softvq_lib.training.engine import choose_device, device_name
+from softvq_lib.training.generator import find_tokenizer
+from softvq_lib.training.run import runs_folder, slug
+from softvq_lib.training.tokenizer import train
+
+_RANDOM = "-random"
+_LABELS = "ImageNet-1k"  # that the packaged networks were trained on
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """What is probed, and on which images. Lists are separated by commas.
+
+    Attributes:
+        model: Tokenizers and generators: runs, folders or hub names (whose last part begins with `sit` or `dit` where
+            they are generators). None: the tokenizer that `softvq_lib.train_tokenizer` trains on the same data with
+            its defaults.
+        features: Of tokenizers: `z`, `z_hat`.
+        pooling: Of tokenizers: `mean` over the tokens, `flatten`.
+        blocks: Of SiT and DiT, from 1. None: all.
+        noise_levels: Of SiT and DiT, from 0, data, to 1, noise.
+        baselines: `pixels`; `random`, the first model's tokenizer with random weights; frozen networks by their names
+            in `softvq_lib.features`, with random weights where `-random` follows. They see the images in the first
+            model's size. "": none.
+        dataset: As in `DataConfig`; it needs labels.
+        image_column: As in `DataConfig`.
+        label_column: As in `DataConfig`.
+        limit: Training images, the first of the fixed order. None: all.
+        val_images: Validation images, the first of the fixed order. None: all.
+        workers: As in `DataConfig`.
+        epochs: Passes over the features.
+        batch_size: Images in a step of the head's training.
+        seed: Of the noise, the random weights, the part of the training images that hyper-parameters are chosen on,
+            and the order of training.
+        device: `auto`, `cpu` or a torch device.
+        runs: Folder of all runs.
+        results: Folder whose `linear_probing.jsonl` the measured rows are appended to. None: nothing is recorded.
+    """
+
+    model: str | None = None
+    features: str = "z,z_hat"
+    pooling: str = "mean,flatten"
+    blocks: str | None = None
+    noise_levels: str = "0.25,0.5,0.75"
+    baselines: str = "pixels,random,efflite0"
+    dataset: str = "digits"
+    image_column: str | None = None
+    label_column: str | None = None
+    limit: int | None = 1000
+    val_images: int | None = 500
+    workers: int | None = None
+    epochs: int = 30
+    batch_size: int = 256
+    seed: int = 0
+    device: str = "auto"
+    runs: str | None = None
+    results: str | None = None
+
+    def __post_init__(self):
+        for name, allowed in (("features", LATENTS), ("pooling", POOLINGS)):
+            for entry in self.listed(name):
+                one_of(name, entry, allowed)
+        for name, number in (("blocks", int), ("noise_levels", float)):
+            try:
+                self.numbers(name, number)
+            except ValueError:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: give numbers with commas, such as "
+                    f"{'2,4' if number is int else '0.25,0.5'!r}."
+                ) from None
+        at_least("epochs", self.epochs, 1)
+        at_least("batch_size", self.batch_size, 2)
+        at_least("val_images", self.val_images, 1)
+        at_least("seed", self.seed, 0)
+        for name in ("model", "features", "pooling", "blocks", "noise_levels", "baselines"):
+            entries = self.listed(name)
+            if not entries and getattr(self, name) is not None and name != "baselines":
+                raise ValueError(f"{name}={getattr(self, name)!r} names nothing: give entries with commas.")
+            if twice := sorted({entry for entry in entries if entries.count(entry) > 1}):
+                raise ValueError(f"{name}={getattr(self, name)!r} names {', '.join(twice)} twice.")
+
+    def listed(self, name: str) -> list[str]:
+        """The entries of a list that is separated by commas; none of None."""
+        return [entry.strip() for entry in (getattr(self, name) or "").split(",") if entry.strip()]
+
+    def numbers(self, name: str, kind: type) -> list:
+        """The entries as numbers."""
+        return [kind(entry) for entry in self.listed(name)]
+
+    @property
+    def data(self) -> DataConfig:
+        """The parameters that concern data."""
+        names = ("dataset", "image_column", "label_column", "limit", "workers")
+        return DataConfig(**{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True)
+class ProbeExperiment:
+    """Accuracies of linear probes.
+
+    Attributes:
+        rows: Results rows, `accuracy`, `macro_accuracy` and `logistic_accuracy` for each feature.
+    """
+
+    rows: list[dict]
+
+    def table(self) -> list[dict[str, object]]:
+        """One line for each feature: accuracy with a 95 % Wilson interval, macro accuracy, the check, n, labels."""
+        return table(self.rows)
+
+    def __str__(self) -> str:
+        lines = self.table()
+        long = max(len(line["features"]) for line in lines)
+        text = [f"{'':{long}}  width  accuracy  95 % interval   macro  logistic      n  labels behind it"]
+        for line in lines:
+            value, low, high, macro, logistic = (
+                f"{100 * line[name]:.1f}" for name in ("accuracy", "low", "high", "macro", "logistic")
+            )
+            text.append(
+                f"{line['features']:{long}}{line['width']:7d}{value:>8} %  {f'[{low}, {high}]':14}{macro:>6} %"
+                f"{logistic:>8} %{line['n']:7d}  {line['labels'] or 'none'}"
+            )
+        return "\n".join(text)
+
+
+def table(rows: list[dict]) -> list[dict[str, object]]:
+    """Collect the rows of each feature into one line: shares from 0 to 1, n, width, and whose labels formed it."""
+    runs: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        runs.setdefault(row["run"], {})[row["metric"]] = row
+    return [
+        {
+            "features": metrics["accuracy"]["config"]["label"],
+            "data": metrics["accuracy"]["data"],
+            "accuracy": metrics["accuracy"]["value"],
+            **{name: metrics["accuracy"][name] for name in ("low", "high", "n")},
+            "macro": metrics["macro_accuracy"]["value"],
+            "logistic": metrics["logistic_accuracy"]["value"],
+            **{name: metrics["accuracy"]["config"][name] for name in ("width", "images", "labels")},
+        }
+        for metrics in runs.values()
+    ]
+
+
+def markdown(rows: list[dict]) -> str:
+    """The same as a table in Markdown, in percent."""
+    if not rows:
+        return "*No rows have been recorded.*"
+    lines = [
+        "| features | width | data | training images | accuracy, % | macro, % | logistic regression, % | n | labels |",
+        "|---|--:|---|--:|--:|--:|--:|--:|---|",
+    ]
+    for line in table(rows):
+        value, low, high, macro, logistic = (
+            f"{100 * line[name]:.1f}" for name in ("accuracy", "low", "high", "macro", "logistic")
+        )
+        cells = [line["features"], f"{line['width']:,}", line["data"], f"{line['images']:,}"]
+        cells += [f"{value} [{low}, {high}]", macro, logistic, f"{line['n']:,}", line["labels"] or "none"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def linear_probing(**values: object) -> ProbeExperiment:
+    """Read features of models and baselines, probe each, and record the rows if asked to.
+
+    Args:
+        values: Fields of `ProbeConfig`.
+
+    Raises:
+        ValueError: for a parameter that is unknown (the nearest is named) or out of range, and for a model, data or
+            features that cannot be used.
+        OSError: when a hub name is asked for and the hub cannot be reached.
+    """
+    from tqdm import tqdm
+
+    config = strictly.strict(ProbeConfig, values)
+    device = choose_device(config.device)
+    subjects = {subject.source: subject for subject in _subjects(config, device)}
+    origin = {"device": device_name(device), **rows_of.origin()}
+    rows = []
+    for size in dict.fromkeys(subject.image_size for subject in subjects.values()):
+        data = open_dataset(config.data, size)
+        if data.classes is None:
+            raise ValueError(
+                f"dataset={config.dataset!r} has no labels, without which there is no probing: name its label_column."
+            )
+        readers = [subject.reader for subject in subjects.values() if subject.image_size == size]
+        options = {"image_size": size, "seed": config.seed, "workers": config.workers, "device": device}
+        known, labels = read_features(data.train, readers, limit=config.limit, **options)
+        held_out, answers = read_features(
+            data.validation, readers, split="validation", limit=config.val_images, **options
+        )
+        for name in tqdm(list(known), desc="probes", unit="probe"):
+            found = probe(
+                (known.pop(name), labels),
+                (held_out.pop(name), answers),
+                name=str(name),
+                epochs=config.epochs,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                device=device,
+            )
+            rows += _rows(config, data, subjects[name.source], name, found, origin)
+    if config.results:
+        rows_of.append(Path(config.results) / "linear_probing.jsonl", rows)
+    return ProbeExperiment(rows)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A model or baseline.
+
+    Attributes:
+        source: Its name, as its features carry it.
+        kind: `tokenizer`, `generator`, `network`, `pixels` or `random`.
+        reader: Of its features.
+        image_size: Side of its images in pixels.
+        labels: Whose class labels formed its features; "" where none did.
+        more: What its rows say beside.
+    """
+
+    source: str
+    kind: str
+    reader: Reader
+    image_size: int
+    labels: str = ""
+    more: dict = field(default_factory=dict)
+
+
+def _subjects(config: ProbeConfig, device: torch.device) -> list[_Subject]:
+    names = config.listed("model")
+    if config.model is None:
+        columns = {"image_column": config.image_column, "label_column": config.label_column}
+        names = [train(dataset=config.dataset, runs=config.runs, device=config.device, **columns).name]
+    found, first = [], None
+    for name in names:
+        model = _load(name, config.runs)
+        tokenizer = model if isinstance(model, Tokenizer) else _tokenizer_of(model, name, config.runs)
+        first = first or tokenizer
+        size, identity, source = tokenizer.config.image_size, _identity(name, config.runs), _short(name)
+        more = {"tokens": tokenizer.config.tokens, "dim": tokenizer.config.dim}
+        labels = _labels(identity)
+        if isinstance(model, Tokenizer):
+            more |= {"quantizer": tokenizer.config.quantizer, "weights": tokenizer_hash(tokenizer)}
+            reader = of_tokenizer(tokenizer.to(device), source, config.listed("features"), config.listed("pooling"))
+            found.append(_Subject(source, "tokenizer", reader, size, labels, more))
+        else:
+            kind = model.model.config
+            more |= {"generator": kind.generator, "size": kind.size, "tokenizer": _short(model.tokenizer)}
+            parts = {"class labels in training": None}
+            parts |= dict.fromkeys(filter(None, (labels, _labels(_identity(model.tokenizer, config.runs)))))
+            model.model.to(device)
+            reader = of_generator(
+                model,
+                tokenizer.to(device),
+                source,
+                config.numbers("blocks", int) or None,
+                config.numbers("noise_levels", float),
+            )
+            found.append(_Subject(source, "generator", reader, size, "; ".join(parts), more))
+    found += [_baseline(name, config, first, device) for name in config.listed("baselines")]
+    sources = [subject.source for subject in found]
+    if twice := sorted({source for source in sources if sources.count(source) > 1}):
+        raise ValueError(f"{', '.join(twice)} would name several sources: rename a folder, or probe them one by one.")
+    return found
+
+
+def _baseline(name: str, config: ProbeConfig, tokenizer: Tokenizer, device: torch.device) -> _Subject:
+    size = tokenizer.config.image_size
+    if name == "pixels":
+        return _Subject("pixels", "pixels", of_pixels, size)
+    if name == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            net = Tokenizer(replace(tokenizer.config, pretrained=False)).eval().to(device)
+        source = "random weights"
+        reader = of_tokenizer(net, source, config.listed("features"), config.listed("pooling"))
+        return _Subject(source, "random", reader, size, more={"preset": tokenizer.config.preset})
+    random, plain = name.endswith(_RANDOM), name.removesuffix(_RANDOM)
+    try:
+        network = build_features(plain, random=random, seed=config.seed).to(device)
+    except ValueError as error:
+        raise ValueError(f"baselines: {name!r} is not pixels, not random and no network ({error})") from None
+    labels = _LABELS if plain in PACKAGED and not random else ""
+    kind = "random" if random else "network"
+    return _Subject(network.label, kind, of_network(network), size, labels, {"weights": network.fingerprint})
+
+
+def _load(name: str, runs: str | None) -> Tokenizer | Loaded:
+    """Load a tokenizer or a generator, whichever a folder, run or hub name is."""
+    folder = Path(name).expanduser()
+    for place in (folder, folder / "generator", runs_folder(runs) / name / "generator"):
+        if (place / CONFIG).exists() and _is_generator(place / CONFIG):
+            return load_generator(place)
+    if name.count("/") == 1 and not folder.exists() and Path(name).name.startswith(("sit", "dit")):
+        return load_generator(name)
+    try:
+        return find_tokenizer(name, runs)
+    except ValueError as error:
+        raise ValueError(f"model={name!r} is no generator either: {error}") from None
+
+
+def _is_generator(path: Path) -> bool:
+    settings = json.loads(path.read_text())
+    return "generator" in settings or is_published(settings)
+
+
+def _tokenizer_of(loaded: Loaded, name: str, runs: str | None) -> Tokenizer:
+    """Load the tokenizer that a generator was trained on, and check that it is that one."""
+    if loaded.tokenizer is None:
+        raise ValueError(f"model={name!r} does not say on which tokenizer's latents it was trained.")
+    tokenizer = find_tokenizer(loaded.tokenizer, runs)
+    if loaded.tokenizer_hash not in (None, tokenizer_hash(tokenizer)):
+        raise ValueError(
+            f"tokenizer {loaded.tokenizer!r} is not the one whose latents {name!r} was trained on: it has other weights "
+            "or settings. Train the generator again on it, or bring the old one back."
+        )
+    return tokenizer
+
+
+def _short(name: str) -> str:
+    """Name a model in rows: never by a path."""
+    path = Path(name)
+    return path.parent.name if path.name in ("tokenizer", "generator") and path.parent.name else path.name
+
+
+def _identity(name: str, runs: str | None) -> dict | None:
+    """Return the configuration of the run that a model comes from, None where there is none."""
+    folder = Path(name).expanduser()
+    for place in (folder, folder.parent, runs_folder(runs) / name):
+        if (place / CONFIG).exists() and "identity" in (settings := json.loads((place / CONFIG).read_text())):
+            return settings["identity"]
+    return None
+
+
+def _labels(identity: dict | None) -> str:
+    """Say whose labels came into a run through the networks that taught it."""
+    if identity is None:
+        return "unknown"
+    aligned = None if identity.get("alignment_random") else identity.get("alignment")
+    teachers = {aligned, identity.get("perceptual"), identity.get("align_teacher")} & set(PACKAGED)
+    return f"{_LABELS}, through {' and '.join(sorted(teachers))}" if teachers else ""
+
+
+def _rows(
+    config: ProbeConfig, data: DataSplits, subject: _Subject, name: FeatureName, found: Probed, origin: dict
+) -> list[dict]:
+    parts = [slug(data.name), subject.source, *filter(None, (name.features, name.pooling))]
+    if name.block is not None:
+        parts += [f"block{name.block}", f"noise{name.noise_level:g}"]
+    setting = {
+        "label": str(name),
+        **asdict(name),
+        "kind": subject.kind,
+        "labels": subject.labels,
+        "image_size": subject.image_size,
+        **subject.more,
+        **{entry: getattr(found, entry) for entry in ("width", "images", "classes", "lr", "weight_decay", "c")},
+        **{entry: getattr(config, entry) for entry in ("epochs", "batch_size", "seed")},
+    }
+    common = {
+        "experiment": "linear_probing",
+        "run": "-".join(part.replace(" ", "_") for part in parts),
+        "n": found.n,
+        "seed": config.seed,
+        "source": "measured",
+        "data": data.name,
+        "data_fingerprint": data.fingerprint,
+        "config": setting,
+        "config_hash": strictly.fingerprint(setting),
+        "precision": "fp32",
+        **origin,
+    }
+    wilson = "95 % Wilson"
+    values = {
+        "accuracy": (found.accuracy, found.low, found.high, wilson),
+        "macro_accuracy": (found.macro, None, None, ""),
+        "logistic_accuracy": (found.logistic, found.logistic_low, found.logistic_high, wilson),
+    }
+    return [
+        rows_of.check({**common, "metric": metric, "value": value, "low": low, "high": high, "interval": interval})
+        for metric, (value, low, high, interval) in values.items()
+    ]
