@@ -129,7 +129,10 @@ def train_generator(**values: object) -> GeneratorExperiment | None:
     values = completed(values)
     _, _, data_config, settings, samples, show, record = strictly.split(values, *GENERATOR_EXPERIMENT)
     if show.judged and data_config.dataset != "digits":
-        raise ValueError(f"judged={show.judged} needs dataset='digits', whose judge is a classifier of digits.")
+        raise ValueError(
+            f"judged={show.judged} needs dataset='digits', because the judge is a classifier of digits; it cannot judge "
+            f"dataset={data_config.dataset!r}: leave judged out."
+        )
     mine = {**strictly.fields_of(ShowConfig), **strictly.fields_of(RecordConfig)}
     run = train(**{name: value for name, value in values.items() if name not in mine})
     if rank():

@@ -13,20 +13,29 @@ _CLASSES = 10  # in colours at most
 _TOKENS = 32  # whose attention is shown at most
 
 
-def read_arrays(row: dict, folder: Path) -> dict[str, np.ndarray]:
-    """Read the arrays that a results row names, from the folder that they lie in.
+def recorded(rows: list[dict], folder: Path) -> dict[str, tuple[list[dict], dict[str, np.ndarray]]]:
+    """Sort recorded rows by run, each with its arrays: what the figures take.
+
+    Args:
+        rows: As `softvq_lib.results.read` gives them.
+        folder: Where the arrays lie.
 
     Raises:
-        ValueError: when the row names none, or the file is missing or not the one that was recorded.
+        ValueError: when no row of a run names arrays, or their file is missing or not the one that was recorded.
     """
     from safetensors.numpy import load_file
 
-    paths = [path for path in _recorded_pictures(row, folder).values()] if "pictures" in row else []
-    if len(paths) != 1:
-        raise ValueError(
-            f"the row of {row['metric']!r} of {row['run']!r} names no arrays: give the first row of a run."
-        )
-    return load_file(paths[0])
+    runs: dict[str, list[dict]] = {}
+    for row in rows:
+        runs.setdefault(row["run"], []).append(row)
+    found = {}
+    for run, its in runs.items():
+        named = [row for row in its if "pictures" in row]
+        if not named:
+            raise ValueError(f"no row of {run!r} names its arrays: record it anew.")
+        (path,) = _recorded_pictures(named[0], folder).values()
+        found[run] = its, load_file(path)
+    return found
 
 
 def _values(rows: list[dict]) -> dict[str, dict]:
@@ -90,8 +99,8 @@ def umap_panel(rows: list[dict], arrays: dict[str, np.ndarray]):
         line[0].set_ylabel(letter, rotation=0, ha="right", va="center", fontsize=16)
         if names:
             line[len(seeds) // 2].set_title(
-                f"purity {_said(rows, f'purity_{which}_flat', 2)}, "
-                f"silhouette {_said(rows, f'silhouette_{which}_flat', 2)}"
+                f"purity {_said(rows, f'purity_{which}_flat', 3)}, "
+                f"silhouette {_said(rows, f'silhouette_{which}_flat', 3)}"
             )
     if names:
         handles = axes[0, 0].get_legend_handles_labels()
@@ -159,7 +168,7 @@ def code_usage(rows: list[dict], arrays: dict[str, np.ndarray]):
 
 
 def by_position(rows: list[dict], arrays: dict[str, np.ndarray]):
-    """Draw by latent token, with 95 % intervals: what its code says of the image, its entropy, the cosine of ẑ and z."""
+    """Draw by latent token, with 95 % intervals: what its code says of the image, its entropy, cosine of ẑ and z."""
     panels = {
         "mutual_information": "I(image; code), nats",
         "posterior_entropy": "H(posterior), nats",

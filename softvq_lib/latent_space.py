@@ -5,6 +5,7 @@ import logging
 import re
 import tempfile
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from softvq_lib.training.tokenizer import train
 log = logging.getLogger(__name__)
 
 OVER_IMAGES = "95 % jackknife over images"
-OVER_GROUPS = "95 % jackknife over 20 groups of images"
+OVER_GROUPS = "95 % jackknife over groups of images"
 MEAN_OF = 100  # images whose mean shows none of them
 COMPONENTS = 40  # most used codes whose use by class is kept
 WHICH, HOW = ("z_hat", "z"), ("mean", "flat")
@@ -100,7 +101,12 @@ class LatentSpaceConfig:
         if self.umap_min_dist > 1:
             raise ValueError(f"umap_min_dist={self.umap_min_dist!r} is not allowed: give a number from 0 to 1.")
         if not self.seeds:
-            raise ValueError(f"umap_seeds={self.umap_seeds!r} holds no seeds: give some, such as '0,1,2'.")
+            raise ValueError(f"umap_seeds={self.umap_seeds!r} are no seeds: give some, such as '0,1,2'.")
+        points = min(self.umap_points, self.limit or self.umap_points)
+        if self.umap and points <= self.umap_neighbours:
+            raise ValueError(
+                f"{points} points are too few for umap_neighbours={self.umap_neighbours}: raise umap_points and limit."
+            )
 
     @property
     def seeds(self) -> list[int]:
@@ -201,8 +207,9 @@ def latent_space(**values: object) -> LatentSpaceExperiment:
         attention=attention,
     )
     classes = data.classes or []
-    if not classes:
-        missing.append("The data have no labels, so there is no purity, silhouette or use of codes by class.")
+    if len(classes) < 2:
+        classes = []
+        missing.append("The data have no labels of two classes: no purity, no silhouette, no use of codes by class.")
     found = _Found(shown=len(latents.labels) >= MEAN_OF or settings.dataset in _SHOWABLE)
     found.of_latents(latents, settings, classes)
     if codes:
@@ -215,6 +222,8 @@ def latent_space(**values: object) -> LatentSpaceExperiment:
     config |= {"tokenizer": short, "tokenizer_hash": tokenizer_hash(tokenizer)}
     left_out = {*named, "tokenizer", "device", "runs", "results", "batch_size"}
     config |= {key: value for key, value in asdict(settings).items() if key not in left_out}
+    origin = rows_of.origin()
+    origin["packages"] |= {package: version(package) for package in ("scikit-learn", "scipy", "umap-learn", "numba")}
     common = {
         "experiment": "latent_space",
         "run": short,
@@ -227,7 +236,7 @@ def latent_space(**values: object) -> LatentSpaceExperiment:
         "config_hash": strictly.fingerprint(config),
         "device": device_name(device),
         "precision": "float32",
-        **rows_of.origin(),
+        **origin,
     }
     for metric, (estimate, interval) in found.numbers.items():
         value, low, high = (None if end is None else float(end) for end in estimate)

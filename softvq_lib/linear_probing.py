@@ -79,8 +79,8 @@ class ProbeConfig:
     limit: int | None = 1000
     val_images: int | None = 500
     workers: int | None = None
-    epochs: int = 30
-    batch_size: int = 256
+    epochs: int = 50
+    batch_size: int = 128
     seed: int = 0
     device: str = "auto"
     runs: str | None = None
@@ -342,8 +342,8 @@ def _tokenizer_of(loaded: Loaded, name: str, runs: str | None) -> Tokenizer:
     tokenizer = find_tokenizer(loaded.tokenizer, runs)
     if loaded.tokenizer_hash not in (None, tokenizer_hash(tokenizer)):
         raise ValueError(
-            f"tokenizer {loaded.tokenizer!r} is not the one whose latents {name!r} was trained on: it has other weights "
-            "or settings. Train the generator again on it, or bring the old one back."
+            f"tokenizer {loaded.tokenizer!r} is not the one whose latents {name!r} was trained on: its weights or "
+            "settings differ. Train the generator again on it, or bring the old one back."
         )
     return tokenizer
 

@@ -212,14 +212,10 @@ def keep_arrays(folder: Path, files: "Mapping[str, Mapping[str, np.ndarray]]") -
     folder.mkdir(parents=True, exist_ok=True)
     for name, arrays in files.items():
         if not name.endswith(".safetensors"):
-            raise ValueError(
-                f"arrays are kept as safetensors: call the file '{Path(name).stem}.safetensors', not {name!r}."
-            )
+            raise ValueError(f"arrays are kept as safetensors: {name!r} should be '{Path(name).stem}.safetensors'.")
         data = save({key: np.ascontiguousarray(array) for key, array in arrays.items()})
         if len(data) > MOST_BYTES:
-            raise ValueError(
-                f"{name} has {len(data):,} bytes, and {MOST_BYTES:,} are allowed: keep fewer, or as float16."
-            )
+            raise ValueError(f"{name} has {len(data):,} bytes; allowed: {MOST_BYTES:,}. Keep fewer, or as float16.")
         (folder / name).write_bytes(data)
     return {name: _sha256(folder / name) for name in files}
 

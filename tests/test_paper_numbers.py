@@ -269,7 +269,7 @@ def test_measured_numbers_stand_in_columns_of_their_own():
     alone, text = paper_table(PAPER, "Tab. 4"), paper_table(PAPER, "Tab. 4", measured)
     lines = [cells(line) for line in text.splitlines() if line.startswith("|")]
     width = len(cells(alone.splitlines()[0]))
-    assert [line[:width] for line in lines] == [cells(line) for line in alone.splitlines() if line.startswith("|")][:]
+    assert [line[:width] for line in lines] == [cells(line) for line in alone.splitlines() if line.startswith("|")]
     assert [line[width:] for line in lines] == [
         ["measured: psnr", "measured: fd", "derived: fd"],
         ["--:"] * 3,

@@ -47,8 +47,8 @@ class CodeUse:
     def __init__(self, quantizer: Quantizer, tokens: int):
         if not quantizer.codes:
             raise ValueError(
-                f"{type(quantizer).__name__} has no codebook, so there is no use of codes to measure: choose vq, softvq "
-                "or gmmvq."
+                f"{type(quantizer).__name__} has no codebook, so there is no use of codes to measure: choose vq, "
+                "softvq or gmmvq."
             )
         self.quantizer, self.images = quantizer, 0
         self.shape = (tokens, quantizer.groups)
@@ -66,7 +66,7 @@ class CodeUse:
     def update(self, z_hat: Tensor) -> None:
         """Add a batch of encoder outputs (b, l, d)."""
         b = len(z_hat)
-        q = self.quantizer.log_posterior(z_hat).exp().double().cpu().reshape(b, self.slots.size, -1)  # (b, slots, k)
+        q = self.quantizer.log_posterior(z_hat).exp().cpu().double().reshape(b, self.slots.size, -1)  # (b, slots, k)
         # By the image's number alone, so that it does not matter how batches are cut.
         group = (self.images + torch.arange(b)) % GROUPS
         self._posterior.index_add_(0, group, q)

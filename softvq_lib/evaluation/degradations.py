@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,9 +12,14 @@ from torch import Tensor
 
 from softvq_lib.config import at_least, one_of
 from softvq_lib.data.images import to_tensor
-from softvq_lib.draws import Draws, normal
-from softvq_lib.evaluation.export import to_uint8
-from softvq_lib.evaluation.reconstruction import check_finite, eight_bit
+from softvq_lib.draws import Draws, Seeds, normal
+from softvq_lib.evaluation.export import sample_seeds, to_uint8
+from softvq_lib.evaluation.extractors import Extractor
+from softvq_lib.evaluation.fidelity import Fidelity, fidelity
+from softvq_lib.evaluation.pixels import Pixels
+from softvq_lib.evaluation.reconstruction import check_finite, eight_bit, paired_statistics
+from softvq_lib.evaluation.reference import Statistics
+from softvq_lib.losses.perceptual import Perceptual
 
 # Five strengths of each kind, from weak to strong, in its unit.
 STRENGTHS: dict[str, tuple[float, ...]] = {
@@ -82,3 +88,57 @@ def _resize(images: Tensor, strength: float, draws: Draws) -> Tensor:
 
 
 _KINDS = {"noise": _noise, "blur": _blur, "jpeg": _jpeg, "resize": _resize}
+
+
+@dataclass(frozen=True)
+class Degraded:
+    """What one degradation did.
+
+    Attributes:
+        kind: As in `STRENGTHS`, like the next.
+        strength: In the unit of its kind.
+        by_image: Each metric of `softvq_lib.evaluation.reconstruction.compare`, (n,).
+        fidelity: The degraded images against the same images untouched.
+    """
+
+    kind: str
+    strength: float
+    by_image: dict[str, np.ndarray]
+    fidelity: Fidelity
+
+
+def degradation_series(
+    originals: Pixels,
+    reference: Statistics,
+    extractor: Extractor,
+    perceptual: Perceptual | None = None,
+    *,
+    measures: tuple[str, ...] | None = None,
+    seed: int = 0,
+    **options,
+) -> list[Degraded]:
+    """Degrade the same images in every way of `STRENGTHS` and measure each, in that order.
+
+    Args:
+        originals: Images as bytes, see `softvq_lib.evaluation.pixels.open_pixels`.
+        reference: Statistics of these very images.
+        extractor: Of the features.
+        perceptual: See `compare`.
+        measures: See `fidelity`.
+        seed: Of the noise, the same at all strengths.
+        options: As in `softvq_lib.evaluation.reference.image_statistics`.
+    """
+    seeds = sample_seeds(seed, originals.count)
+    series = []
+    for kind, strengths in STRENGTHS.items():
+        for strength in strengths:
+
+            def change(images: Tensor, first: int, kind: str = kind, strength: float = strength) -> Tensor:
+                return degrade(images.cpu(), kind, strength, Seeds(seeds[first : first + len(images)]))
+
+            name = f"{kind} {strength:g}"
+            by_image, statistics = paired_statistics(
+                originals, change, extractor, perceptual, what=name, convention="mar", **options
+            )
+            series.append(Degraded(kind, strength, by_image, fidelity(statistics, reference, measures=measures)))
+    return series

@@ -7,7 +7,6 @@ module registers ours, so that torch-fidelity's own functions take their names, 
 
 import hashlib
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -101,8 +100,9 @@ class Extractor:
     """Features, and scores of classes where there are any, of images as bytes.
 
     Args:
-        net: A feature extractor of torch-fidelity.
+        net: A feature extractor of torch-fidelity that returns features, or features and logits.
         label: Name that results carry, as in `FD-EffLite0`; "Inception" for the one whose distance is FID.
+        width: Dimensions of the features.
         weights: sha256 (hex) of its weights.
         preparation: How it resizes and normalises images, in words.
 
@@ -110,14 +110,9 @@ class Extractor:
         identity: What two extractors share whose features may be compared: name, weights and preparation.
     """
 
-    def __init__(self, net: FeatureExtractorBase, label: str, weights: str, preparation: str):
-        self.net, self.label = net.eval().requires_grad_(False), label
+    def __init__(self, net: FeatureExtractorBase, label: str, width: int, weights: str, preparation: str):
+        self.net, self.label, self.width = net.eval().requires_grad_(False), label, width
         self.identity = {"extractor": label, "weights": weights, "preparation": preparation}
-
-    @cached_property
-    def width(self) -> int:
-        """Dimensions of the features."""
-        return self(torch.zeros(1, 3, LEAST, LEAST, dtype=torch.uint8))[0].shape[1]
 
     def to(self, device: torch.device | str) -> "Extractor":
         """Move the net; return self."""
@@ -152,13 +147,14 @@ def build_extractor(name: str, *, weights: str | Path | None = None) -> Extracto
         net = FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
         )
-        return Extractor(net, "Inception", sha256, "bilinear to 299 px as TensorFlow 1 does, (x - 128) / 128")
+        return Extractor(net, "Inception", 2048, sha256, "bilinear to 299 px as TensorFlow 1 does, (x - 128) / 128")
     if weights is not None:
         raise ValueError(f"weights={str(weights)!r} belong to extractor='inception': {name} brings its own.")
     kind = FEATURE_EXTRACTORS_REGISTRY[name]
     net = kind(name, list(kind.get_provided_features_list()))
     seen = f"resized to {net.net.size} px" if net.net.size else f"enlarged to {LEAST} px where the shorter side is less"
-    return Extractor(net, net.net.label, net.net.fingerprint, f"x / 127.5 - 1, {seen}, bilinear with antialiasing")
+    how = f"x / 127.5 - 1, {seen}, bilinear with antialiasing"
+    return Extractor(net, net.net.label, net.net.pooled_width, net.net.fingerprint, how)
 
 
 def _inception_weights(path: Path | None) -> tuple[Path, str]:

@@ -155,17 +155,18 @@ def fidelity(
         one_of("measures", name, MEASURES)
     made = _opened(generated, image_size, convention, "generated images")
     real = _opened(reference, image_size, convention, "reference images")
+    if isinstance(made, Statistics) and made.sample is None:
+        raise ValueError(f"{made.facts['what']} is mean and covariance alone: give the images to judge.")
     if isinstance(made, Pixels) or isinstance(real, Pixels):
         extractor = extractor_of(extractor)
-        identity, width = extractor.identity, extractor.width
-    else:
-        identity, width = made.facts["extractor"] or real.facts["extractor"], made.width
-    for side in (made, real):
-        if isinstance(side, Statistics) and side.facts["extractor"] is None and identity["extractor"] != INCEPTION:
-            raise ValueError(
-                f"{side.facts['what']} is mean and covariance of Inception's features, but the extractor is "
-                f"{identity['extractor']}: take extractor='inception', or give images."
-            )
+    identity, width = (
+        (made.facts["extractor"], made.width) if isinstance(made, Statistics) else (extractor.identity, extractor.width)
+    )
+    if isinstance(real, Statistics) and real.facts["extractor"] is None and identity["extractor"] != INCEPTION:
+        raise ValueError(
+            f"{real.facts['what']} is mean and covariance of Inception's features, but the extractor is "
+            f"{identity['extractor']}: take extractor='inception', or give images."
+        )
     # What can be refused is refused before features are extracted, and the rest after.
     names = _names(identity["extractor"], kind)
     _check_pair(_facts(made, identity), _facts(real, identity), match_labels)
@@ -212,8 +213,7 @@ def _facts(side: Pixels | Statistics, identity: dict[str, str]) -> dict[str, obj
     """Return what is known of a side before its features are extracted."""
     if isinstance(side, Statistics):
         return side.facts
-    size = None if side.size is None else list(side.size)
-    known = {"what": side.what, "image_size": size, "crop": side.crop, "uint8": side.uint8}
+    known = {"what": side.what, "image_size": list(side.size), "crop": side.crop, "uint8": side.uint8}
     return known | {"classes": None, "extractor": identity}
 
 
@@ -284,9 +284,8 @@ def _chosen(
     scored = set() if made.scores is None else {"score"}
     chosen = {"frechet"} | sampled | scored if measures is None else set(measures)
     if few and "frechet" in chosen:
-        chosen |= {"projected"} | (sampled & {"kid"})
-    if made.sample is None:
-        raise ValueError(f"{made.facts['what']} is mean and covariance alone: give the images to judge.")
+        chosen |= sampled & {"kid"}
+        chosen |= {"projected"} if made.width > PROJECTIONS[PROJECTION] else set()
     for name in sorted(chosen & {"kid", "precision", "recall"} - sampled):
         raise ValueError(
             f"{names[name]} needs images of the reference, but {real.facts['what']} is mean and covariance alone: give "

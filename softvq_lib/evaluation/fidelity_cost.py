@@ -13,8 +13,8 @@ def trace_rows(
 ) -> list[dict[str, object]]:
     """Measure the distance of the same two sets of moments in three ways; all give the same number.
 
-    The features are normal with variances 1/k, as the spectra of nets fall. About six minutes for 2,048 dimensions,
-    nearly all of it scipy's. Set OMP_NUM_THREADS to `threads` too, which numpy looks at.
+    The features are normal with variances 1/k, as the spectra of nets fall. About a minute of processor time for
+    2,048 dimensions. Set OMP_NUM_THREADS to `threads` too, which numpy looks at.
 
     Args:
         width: Dimensions.

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from softvq_lib.config import at_least
 from softvq_lib.data import Source, UnreadableLog, validation_batches

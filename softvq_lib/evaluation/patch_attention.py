@@ -55,7 +55,7 @@ class PatchAttention:
         """Encode images (b, 3, height, width) as `Tokenizer.encode` does, and add their attention."""
         with self._watching():
             code = self.tokenizer.encode(images)
-        weights = torch.stack(self._weights, 1).double().cpu()  # (b, blocks, l, n)
+        weights = torch.stack(self._weights, 1).cpu().double()  # (b, blocks, l, n)
         self._weights = []
         share = weights.sum(-1)  # (b, blocks, l)
         maps = weights / share[..., None]

@@ -5,6 +5,7 @@ What cannot be seen in the bytes is stated beside them: how they became bytes, a
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
@@ -36,7 +37,7 @@ class Pixels:
         batches: Function of a batch size that begins anew and yields images, uint8 (b, 3, height, width), and their
             labels, int64 (b,), or None.
         count: Number of images; None where only the end of a stream will tell.
-        size: (height, width); None where only the first image will tell.
+        size: (height, width).
         uint8: How they became bytes: `stored`, or one of `CONVENTIONS`.
         crop: `centre` for the centre crop of `softvq_lib.data.images.fit`; `as given` where nobody has said; or a name
             that the caller gave.
@@ -45,7 +46,7 @@ class Pixels:
     what: str
     batches: Callable[[int], Iterator[tuple[Tensor, Tensor | None]]]
     count: int | None
-    size: tuple[int, int] | None
+    size: tuple[int, int]
     uint8: str
     crop: str
 
@@ -99,7 +100,7 @@ def open_pixels(
         return _of_export(path, convention, stated)
     if path is not None:
         images = FolderSource(path)
-        what = what or str(path)
+        what = what or path.name
     if isinstance(images, np.ndarray):
         images = torch.from_numpy(images).permute(0, 3, 1, 2)
     if isinstance(images, Tensor):
@@ -107,8 +108,7 @@ def open_pixels(
     if isinstance(images, Source):
         return _of_source(images, image_size, stated, what or "the data set", workers)
     if isinstance(images, Iterable):
-        name = what or "images"
-        return Pixels(name, lambda size: _parts(images, rule, name, size), None, None, rule, stated)
+        return _of_stream(images, rule, stated, what or "images")
     raise ValueError(
         f"images of type {type(images).__name__}: give a tensor (n, 3, height, width), an iterable of them, a Source, "
         "the path of a folder or of an .npz."
@@ -189,23 +189,36 @@ def _of_tensor(images: Tensor, rule: str, crop: str, labels: Tensor | None, what
             part = slice(first, first + size)
             yield to_bytes(images[part], rule, first, what), None if labels is None else torch.as_tensor(labels)[part]
 
-    rule_used = STORED if images.dtype == torch.uint8 else rule
-    return Pixels(what, batches, len(images), tuple(images.shape[2:]), rule_used, crop)
+    return Pixels(what, batches, len(images), tuple(images.shape[2:]), _rule_of(images, rule), crop)
 
 
-def _parts(images: Iterable[Tensor], rule: str, what: str, size: int) -> Iterator[tuple[Tensor, None]]:
-    first = 0
-    for batch in images:
-        if not isinstance(batch, Tensor):
-            raise ValueError(f"{what} yields {type(batch).__name__}: batches are tensors (b, 3, height, width).")
-        for part in to_bytes(batch, rule, first, what).split(size):
-            yield part, None
-        first += len(batch)
+def _of_stream(images: Iterable[Tensor], rule: str, crop: str, what: str) -> Pixels:
+    passing = iter(images)
+    begin = next(passing, None)
+    if begin is None:
+        raise ValueError(f"{what}: there are no images.")
+    if not isinstance(begin, Tensor):
+        raise ValueError(f"{what} yields {type(begin).__name__}: batches are tensors (b, 3, height, width).")
+    if passing is images:  # it can be read once
+        images = chain([begin], passing)
+
+    def batches(size: int) -> Iterator[tuple[Tensor, None]]:
+        first = 0
+        for batch in images:
+            for part in to_bytes(batch, rule, first, what).split(size):
+                yield part, None
+            first += len(batch)
+
+    return Pixels(what, batches, None, tuple(begin.shape[2:]), _rule_of(begin, rule), crop)
+
+
+def _rule_of(images: Tensor, rule: str) -> str:
+    return STORED if images.dtype == torch.uint8 else rule
 
 
 def _of_source(source: Source, image_size: int | None, crop: str, what: str, workers: int | None) -> Pixels:
     if not len(source):
-        raise ValueError(f"{what} holds no images.")
+        raise ValueError(f"{what}: there are no images.")
     if image_size is not None:
 
         def batches(size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -261,7 +274,7 @@ def _of_export(folder: Path, convention: str | None, crop: str) -> Pixels:
             start += len(pixels)
 
     side = header["image_size"]
-    return Pixels(str(folder), batches, header["count"], (side, side), header["uint8"], crop)
+    return Pixels(folder.name, batches, header["count"], (side, side), header["uint8"], crop)
 
 
 def npz_names(path: Path) -> list[str]:
@@ -296,7 +309,7 @@ def _of_npz(path: Path, crop: str) -> Pixels:
                 pixels = torch.frombuffer(bytearray(file.read(int(np.prod(part)))), dtype=torch.uint8)
                 yield pixels.view(part).permute(0, 3, 1, 2), None
 
-    return Pixels(str(path), batches, count, (rest[0], rest[1]), STORED, crop)
+    return Pixels(path.name, batches, count, (rest[0], rest[1]), STORED, crop)
 
 
 def _array_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:

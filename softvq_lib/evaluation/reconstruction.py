@@ -1,11 +1,17 @@
 """How near reconstructions are to their originals, image by image: PSNR, SSIM and a perceptual distance (Sec. 4.1)."""
 
+from collections.abc import Callable, Iterator
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from softvq_lib.data.images import to_tensor
 from softvq_lib.evaluation.export import to_uint8
+from softvq_lib.evaluation.extractors import Extractor
+from softvq_lib.evaluation.pixels import Pixels, to_bytes
+from softvq_lib.evaluation.reference import Statistics, image_statistics
 from softvq_lib.losses import psnr
 from softvq_lib.losses.perceptual import Perceptual
 
@@ -96,3 +102,51 @@ def compare(images: Tensor, reconstructions: Tensor, perceptual: Perceptual | No
     if perceptual is not None:
         found[perceptual.label] = perceptual(images, reconstructions.clamp(-1, 1))
     return {name: values.double().cpu() for name, values in found.items()}
+
+
+@torch.no_grad()
+def paired_statistics(
+    originals: Pixels,
+    change: Callable[[Tensor, int], Tensor],
+    extractor: Extractor,
+    perceptual: Perceptual | None = None,
+    *,
+    what: str = "changed images",
+    convention: str = "dit",
+    device: torch.device | str = "cpu",
+    **options,
+) -> tuple[dict[str, np.ndarray], Statistics]:
+    """Change images, measure each against its original, and take the features of what comes out, all in one pass.
+
+    Args:
+        originals: Images as bytes, see `softvq_lib.evaluation.pixels.open_pixels`.
+        change: Maps images (b, 3, height, width) in [-1, 1] and the number of the first of them to others of that
+            shape, such as a tokenizer's reconstructions.
+        extractor: Of the features.
+        perceptual: As in `compare`, on the device.
+        what: Name of the changed images for messages.
+        convention: How they become bytes, before anything is measured.
+        device: Where it all runs.
+        options: As in `softvq_lib.evaluation.reference.image_statistics`.
+
+    Returns:
+        What `compare` gives, (n,) each; and the statistics of the features.
+
+    Raises:
+        ValueError: for images of another size or number than the originals, or that are not finite.
+    """
+    found: dict[str, list[Tensor]] = {}
+
+    def batches(size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        first = 0
+        for pixels, labels in originals.batches(size):
+            images = (pixels / 127.5 - 1).to(device)
+            changed = to_bytes(change(images, first), convention, first, what)
+            for name, values in compare(images, (changed / 127.5 - 1).to(device), perceptual).items():
+                found.setdefault(name, []).append(values)
+            first += len(images)
+            yield changed, labels
+
+    pixels = Pixels(what, batches, originals.count, originals.size, convention, originals.crop)
+    statistics = image_statistics(pixels, extractor, device=device, **options)
+    return {name: torch.cat(values).numpy() for name, values in found.items()}, statistics

@@ -141,13 +141,12 @@ def image_statistics(
     at_least("kept", kept, 10)
     pixels = open_pixels(images, image_size=image_size, convention=convention, crop=crop)
     extract = extractor_of(extractor).to(device)
-    digest, classes, size, seen = hashlib.sha256(), set(), pixels.size, 0
+    digest, classes, size, seen = hashlib.sha256(), set(), tuple(pixels.size), 0
     groups, sample, scores, waiting = None, Sample(kept), None, []
     labelled = True
     with tqdm(total=pixels.count, unit="image", desc=f"features of {pixels.what}", disable=not progress) as bar:
         for batch, labels in pixels.batches(batch_size):
-            size = size or tuple(batch.shape[2:])
-            if tuple(batch.shape[2:]) != tuple(size):
+            if tuple(batch.shape[2:]) != size:
                 raise ValueError(
                     f"{pixels.what}: image {seen} is {batch.shape[2]} x {batch.shape[3]} pixels and the first one "
                     f"{size[0]} x {size[1]}: give all in one size."
@@ -171,7 +170,7 @@ def image_statistics(
                 waiting = _deal(groups, waiting, seen)
             bar.update(len(batch))
     if not seen:
-        raise ValueError(f"{pixels.what} holds no images.")
+        raise ValueError(f"{pixels.what}: there are no images.")
     _deal(groups, waiting, seen)
     facts = {
         "what": pixels.what,
@@ -235,8 +234,8 @@ def reference_statistics(
         save_statistics(statistics, path)
         return statistics
     statistics = load_statistics(path)
-    wanted = {"crop": pixels.crop, "uint8": pixels.uint8, "extractor": extract.identity}
-    wanted |= {} if pixels.size is None else {"image_size": list(pixels.size)}
+    wanted = {"image_size": list(pixels.size), "crop": pixels.crop, "uint8": pixels.uint8}
+    wanted |= {"extractor": extract.identity}
     different = [
         f"{k}: {statistics.facts[k]!r} there, {v!r} here" for k, v in wanted.items() if statistics.facts[k] != v
     ]
@@ -317,7 +316,7 @@ def read_moments(path: str | Path) -> Statistics:
         raise ValueError(
             f"{path}: mu is {tuple(mean.shape)} and sigma {tuple(covariance.shape)}: give (c,) and (c, c)."
         )
-    facts = {"what": str(path), "count": None, "image_size": None, "crop": AS_GIVEN, "uint8": STORED}
+    facts = {"what": path.name, "count": None, "image_size": None, "crop": AS_GIVEN, "uint8": STORED}
     facts |= {"fingerprint": hashlib.sha256(path.read_bytes()).hexdigest(), "classes": None, "extractor": None}
     return Statistics(facts, [Moments.given(mean, covariance)], None, None)
 
@@ -339,7 +338,7 @@ def write_batch(images: Images | Pixels, path: str | Path, **options) -> Path:
     if isinstance(images, str | Path) and (Path(images).expanduser() / HEADER).exists():
         return merge_npz(images, path)
     pixels = open_pixels(images, **options)
-    if pixels.count is None or pixels.size is None:
+    if pixels.count is None:
         raise ValueError("a stream of images does not tell their number, which stands first in an .npz: give a tensor.")
     shape = {"shape": (pixels.count, *pixels.size, 3), "fortran_order": False, "descr": "|u1"}
 

@@ -1,7 +1,7 @@
 """Intervals of measured numbers: over images, over seeds, over both, of shares and of ratios (`comparisons` has tests).
 
 How often an interval holds the true value is measured in the tests, not assumed: of the mean of 30 images a studentised
-bootstrap at 95 % does so in 94 to 96 % of samples, be they normal, exponential or bounded (93 % for a log-normal with
+bootstrap at 95 % does so in 94 to 96 % of samples, be they normal, exponential or bounded (92 % for a log-normal with
 sigma 1), while the percentile bootstrap falls to 91 % for exponential values (88 %) and BCa to 92 % (89 %). From 400
 images on they agree. `seed` is a number or a numpy generator everywhere.
 """
@@ -220,8 +220,8 @@ def two_level_interval(values: np.ndarray, *, level: float = 0.95, resamples: in
     """Mean of a table (seeds, images), the same images for each seed, for further seeds and further images.
 
     Images are resampled (studentised); the seeds, too few for that, enter as Student's t with their own variance.
-    Resampling both, as a hierarchical bootstrap does, covers 76 % of the time with 3 seeds that matter, 86 % with 5 and
-    89 % with 8; this covers 94 to 98 % (tests).
+    Resampling both, as a hierarchical bootstrap does, covers 76 % of the time with 3 seeds that matter, 85 % with 5 and
+    88 % with 8; this covers 93 to 98 % (tests).
 
     Raises:
         ValueError: for fewer than two seeds or images, values that are not finite, a level outside (0, 1), or images

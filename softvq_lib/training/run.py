@@ -42,6 +42,8 @@ def code_hash() -> str:
 
 
 def _git(*arguments: str) -> str | None:
+    if not (ROOT / "pyproject.toml").exists():
+        return None  # a wheel, perhaps inside a repository of someone else
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
