@@ -130,8 +130,8 @@ def train_generator(**values: object) -> GeneratorExperiment | None:
     _, _, data_config, settings, samples, show, record = strictly.split(values, *GENERATOR_EXPERIMENT)
     if show.judged and data_config.dataset != "digits":
         raise ValueError(
-            f"judged={show.judged} needs dataset='digits', because the judge is a classifier of digits; it cannot judge "
-            f"dataset={data_config.dataset!r}: leave judged out."
+            f"judged={show.judged} needs dataset='digits', because the judge is a classifier of digits; with "
+            f"dataset={data_config.dataset!r} leave judged out."
         )
     mine = {**strictly.fields_of(ShowConfig), **strictly.fields_of(RecordConfig)}
     run = train(**{name: value for name, value in values.items() if name not in mine})

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from softvq_lib.figures import _recorded_pictures
+from softvq_lib import results as rows_of
 from softvq_lib.style import COLOUR_CYCLE, OKABE_ITO, QUANTIZER_NAMES, WIDTH, colour_of, new_figure
 
 _CLASSES = 10  # in colours at most
@@ -23,18 +23,16 @@ def recorded(rows: list[dict], folder: Path) -> dict[str, tuple[list[dict], dict
     Raises:
         ValueError: when no row of a run names arrays, or their file is missing or not the one that was recorded.
     """
-    from safetensors.numpy import load_file
-
     runs: dict[str, list[dict]] = {}
     for row in rows:
         runs.setdefault(row["run"], []).append(row)
     found = {}
     for run, its in runs.items():
-        named = [row for row in its if "pictures" in row]
-        if not named:
+        files = [(row, name) for row in its for name in row.get("arrays", {})]
+        if not files:
             raise ValueError(f"no row of {run!r} names its arrays: record it anew.")
-        (path,) = _recorded_pictures(named[0], folder).values()
-        found[run] = its, load_file(path)
+        row, name = files[0]
+        found[run] = its, rows_of.read_arrays(row, name, folder)
     return found
 
 

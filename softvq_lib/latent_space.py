@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-import tempfile
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -17,13 +16,13 @@ from softvq_lib.data import DataConfig, open_dataset
 from softvq_lib.data.latents import tokenizer_hash
 from softvq_lib.evaluation.code_use import CodeUse
 from softvq_lib.evaluation.latent_space import (
-    Estimate,
+    Bounds,
     Latents,
     collect_latents,
     cosine,
     embed,
     jackknife,
-    mean_estimate,
+    mean_bounds,
     purity,
     purity_bounds,
     silhouette,
@@ -156,9 +155,9 @@ class LatentSpaceExperiment:
     missing: list[str] = field(default_factory=list)
 
     @property
-    def numbers(self) -> dict[str, Estimate]:
-        """Value and interval by metric; the interval's ends are None where there is none."""
-        return {row["metric"]: Estimate(row["value"], row["low"], row["high"]) for row in self.rows}
+    def numbers(self) -> dict[str, tuple[float, float | None, float | None]]:
+        """Value, low and high by metric; None where there is no interval."""
+        return {row["metric"]: (row["value"], row["low"], row["high"]) for row in self.rows}
 
     def __str__(self) -> str:
         first = self.rows[0]
@@ -238,8 +237,8 @@ def latent_space(**values: object) -> LatentSpaceExperiment:
         "precision": "float32",
         **origin,
     }
-    for metric, (estimate, interval) in found.numbers.items():
-        value, low, high = (None if end is None else float(end) for end in estimate)
+    for metric, (bounds, interval) in found.numbers.items():
+        value, low, high = (None if end is None else float(end) for end in bounds)
         row = {**common, "metric": metric, "value": value, "low": low, "high": high, "interval": interval}
         experiment.rows.append(row)
     if settings.results:
@@ -269,17 +268,17 @@ class _Found:
     """Numbers by metric, each with the kind of its interval, and arrays for the figures."""
 
     def __init__(self, shown: bool):
-        self.numbers: dict[str, tuple[Estimate, str]] = {}
+        self.numbers: dict[str, tuple[Bounds, str]] = {}
         self.arrays: dict[str, np.ndarray] = {}
         self.shown = shown  # whether the mean image may be kept
 
     def _bare(self, metric: str, value: float) -> None:
-        self.numbers[metric] = Estimate(value, None, None), ""
+        self.numbers[metric] = (value, None, None), ""
 
     def of_latents(self, latents: Latents, settings: LatentSpaceConfig, classes: list[str]) -> None:
         near = cosine(latents.z_hat, latents.z)  # (n, l)
-        self.numbers["cosine"] = mean_estimate(near.mean(1)), OVER_IMAGES
-        self.arrays["cosine"] = np.stack(mean_estimate(near)).astype(np.float32)  # (3, l)
+        self.numbers["cosine"] = mean_bounds(near.mean(1)), OVER_IMAGES
+        self.arrays["cosine"] = np.stack(mean_bounds(near)).astype(np.float32)  # (3, l)
         if classes:
             for what, measure in (
                 ("purity", lambda x: purity(x, latents.labels, settings.neighbours)),
@@ -308,12 +307,11 @@ class _Found:
 
     def of_codes(self, codes: CodeUse, labels: np.ndarray, classes: list[str], seed: int) -> None:
         measured = {name: jackknife(*pair) for name, pair in codes.measure().items()}
-        size = Estimate(*(np.exp(end) for end in measured["code_entropy"]))
-        self.numbers["effective_codebook_size"] = size, OVER_GROUPS
+        self.numbers["effective_codebook_size"] = tuple(map(np.exp, measured["code_entropy"])), OVER_GROUPS
         by_codebook = [np.exp(end) for end in measured["codebook_entropy"]]
         if len(by_codebook[0]) > 1:
             for number, ends in enumerate(zip(*by_codebook, strict=True)):
-                self.numbers[f"effective_codebook_size_{number}"] = Estimate(*ends), OVER_GROUPS
+                self.numbers[f"effective_codebook_size_{number}"] = ends, OVER_GROUPS
         self._bare("usage", codes.usage())
         for metric in ("posterior_entropy", *(name for name in METRICS if name.startswith("mutual_information"))):
             self.numbers[metric] = measured[metric], OVER_GROUPS
@@ -335,7 +333,7 @@ class _Found:
         self._bare("patch_attention", shares.mean())
         if attention.own:
             own = np.concatenate([part.numpy() for part in attention.own])  # (n, blocks)
-            self.numbers["strip_attention"] = mean_estimate(own.mean(1)), OVER_IMAGES
+            self.numbers["strip_attention"] = mean_bounds(own.mean(1)), OVER_IMAGES
             self._bare("strip_attention_best", best_strips(maps))
             self._bare("strip_attention_even", 1 / maps.shape[1])
         self.arrays["attention"] = maps.astype(np.float16)  # (blocks, l, n)
@@ -343,13 +341,8 @@ class _Found:
 
 
 def _record(experiment: LatentSpaceExperiment, folder: Path) -> None:
-    from safetensors.numpy import save_file
-
-    run = re.sub(r"[^\w.-]+", "-", experiment.rows[0]["run"])
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / f"{run}.safetensors"
-        save_file({name: np.ascontiguousarray(array) for name, array in experiment.arrays.items()}, path)
-        experiment.rows[0]["pictures"] = rows_of.keep_pictures(folder / "latent_space", {path.name: path})
+    file = re.sub(r"[^\w.-]+", "-", experiment.rows[0]["run"]) + ".safetensors"
+    experiment.rows[0]["arrays"] = rows_of.keep_arrays(folder / "latent_space", {file: experiment.arrays})
     rows_of.append(folder / "latent_space.jsonl", experiment.rows)
 
 

@@ -293,7 +293,7 @@ def broken(value, at):
         (broken(255.0, 3), r"values up to 255: give floats in \[-1, 1\]"),
         (torch.zeros(20, 1, 4, 4), r"of shape \(20, 1, 4, 4\): give at least one, as"),
         (torch.zeros(0, 3, 4, 4), "give at least one"),
-        (torch.zeros(20, 3, 4, 4, dtype=torch.int64), "are of type torch.int64"),
+        (torch.zeros(20, 3, 5, 5, dtype=torch.int64), "are of type torch.int64"),
         ([MADE[:20], MADE[:20, :, :, :4]], "image 20 is 5 x 4 pixels and the first one 5 x 5"),
         ([np.zeros((2, 3))], "yields ndarray: batches are tensors"),
         ([], "generated images: there are no images"),

@@ -61,7 +61,7 @@ def test_a_finished_generator_is_loaded_and_gives_the_same_samples(recorded, tok
 @pytest.mark.parametrize("kind", SAMPLED)
 def test_a_sample_depends_on_its_class_and_seed_alone(kind, tokenizer, tmp_path):
     experiment = train_generator(**quick(tmp_path, tokenizer, kind, steps=1, guidance_scale=2.0, sample_seed=7))
-    scatter(experiment.loaded.model)  # so that the class matters, too
+    scatter(experiment.loaded.model, 0.05)  # so that the class matters, too
 
     def sampled(rows, batch_size=64):
         labels, seeds = torch.tensor(rows) % 3, [7 + row for row in rows]
@@ -72,10 +72,12 @@ def test_a_sample_depends_on_its_class_and_seed_alone(kind, tokenizer, tmp_path)
     expected = experiment.sample(torch.arange(5) % 3, 7)
     assert torch.equal(sampled(range(5)), expected)
     for rows, batch_size in ((list(range(5)), 2), ([4, 2, 0, 3, 1], 64), ([3], 64)):
-        torch.testing.assert_close(sampled(rows, batch_size), expected[rows], rtol=0, atol=2e-3)
+        print(kind, (sampled(rows,batch_size)-expected[rows]).abs().max())
+        torch.testing.assert_close(sampled(rows, batch_size), expected[rows], rtol=0, atol=1e-4)
     for labels, seed in ((torch.arange(5) % 3, 8), (torch.arange(1, 6) % 3, 7)):
         different = (experiment.sample(labels, seed) - expected).abs().flatten(1).max(1).values
-        assert different.min() > 0.05
+        print(different.min(), (expected.abs()==1).float().mean(), expected.std(0).mean())
+        assert different.min() > 5e-3
 
 
 def test_a_tokenizer_that_has_moved_is_taken_from_where_it_is(tokenizer, tmp_path):

@@ -2,7 +2,7 @@
 
 For normal values the Fisher interval of a rank correlation covers 93 to 99 % of the time from 5 values on, up to a
 correlation of 0.95. The test of a difference of rank correlations is wrong in 4 to 7 % from 12 values on; with fewer,
-or correlations above 0.9, more often. Tests hold cases of both.
+or correlations above 0.9, more often. The tests hold cases of 12 and 15 values.
 """
 
 import numpy as np

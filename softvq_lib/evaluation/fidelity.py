@@ -172,10 +172,10 @@ def fidelity(
     _check_pair(_facts(made, identity), _facts(real, identity), match_labels)
     _check_numbers(measures, names, width, made.count, real.count)
     options = {"kept": kept, "batch_size": batch_size, "device": device, "progress": progress}
-    if isinstance(real, Pixels):
-        real = _all_of_adm(image_statistics(real, extractor, **options), reference)
     if isinstance(made, Pixels):
         made = image_statistics(made, extractor, **options)
+    if isinstance(real, Pixels):
+        real = _all_of_adm(image_statistics(real, extractor, **options), reference)
     _check_pair(made.facts, real.facts, match_labels)
     _check_numbers(measures, names, made.width, made.count, real.count)
     few = min(made.count, real.count or made.count) < ENOUGH * made.width

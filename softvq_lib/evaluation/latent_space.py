@@ -6,7 +6,6 @@ values, as if each were independent of the rest, would come out too narrow.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,20 +17,18 @@ from softvq_lib.evaluation.patch_attention import PatchAttention
 from softvq_lib.tokenizers import NotFiniteError, Tokenizer
 
 
-class Estimate(NamedTuple):
-    """A number, or an array of numbers, with the ends of its 95 % interval."""
-
-    value: np.ndarray | float
-    low: np.ndarray | float
-    high: np.ndarray | float
+Bounds = tuple[np.ndarray | float, np.ndarray | float, np.ndarray | float]  # value, low and high
 
 
-def jackknife(value: np.ndarray | float, without: np.ndarray) -> Estimate:
+def jackknife(value: np.ndarray | float, without: np.ndarray) -> Bounds:
     """Put a 95 % t interval around a value from what it becomes without each of the images, or groups of images.
 
     Args:
         value: Measured on all images, of any shape.
         without: The same without one of m images or equal groups of them, (m, *shape).
+
+    Returns:
+        Value, low and high.
 
     Raises:
         ValueError: for fewer than two.
@@ -44,11 +41,11 @@ def jackknife(value: np.ndarray | float, without: np.ndarray) -> Estimate:
         raise ValueError(f"{m} images or groups of images are too few for an interval: give two or more.")
     error = np.sqrt((m - 1) / m * np.square(without - without.mean(0)).sum(0))
     half = t.ppf(0.975, m - 1) * error
-    return Estimate(value, value - half, value + half)
+    return value, value - half, value + half
 
 
-def mean_estimate(values: np.ndarray) -> Estimate:
-    """Mean of independent values (n, ...) over the first axis, with the jackknife's interval."""
+def mean_bounds(values: np.ndarray) -> Bounds:
+    """Mean of independent values (n, ...) over the first axis, with the jackknife's interval, here Student's t."""
     values = np.asarray(values, np.float64)
     return jackknife(values.mean(0), (values.sum(0) - values) / max(1, len(values) - 1))
 
