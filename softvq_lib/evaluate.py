@@ -7,6 +7,7 @@ on the number of images.
 import json
 import logging
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -19,7 +20,7 @@ from torch import Tensor
 from softvq_lib import config as strictly
 from softvq_lib import results as rows_of
 from softvq_lib.config import at_least, one_of
-from softvq_lib.data import DataConfig, Source, open_dataset
+from softvq_lib.data import DataConfig, DataSplits, Source, open_dataset
 from softvq_lib.data.latents import tokenizer_hash
 from softvq_lib.evaluation.degradations import degradation_series
 from softvq_lib.evaluation.export import CONVENTIONS, HEADER, check_tokenizer, sample_seeds
@@ -68,7 +69,8 @@ class EvaluateConfig:
         samples: Images generated.
         guidance_scale: Classifier-free guidance of these samples. None: as the generator's authors sample.
         guidance_high: SiT, DiT: greatest noise level that is guided. None: alike.
-        degradations: Judge the real images made worse, too: how far each metric can be trusted.
+        degradations: So many of the real images are also made worse step by step, to see how each metric answers. 0:
+            none. It costs as much as judging twenty tokenizers on them.
         bias: Take the Fréchet distance of fewer and fewer images, and of two halves of the real ones.
         batch_size: Images at once.
         device: `auto`, `cpu` or a torch device.
@@ -90,7 +92,7 @@ class EvaluateConfig:
     samples: int = 256
     guidance_scale: float | None = None
     guidance_high: float | None = None
-    degradations: bool = False
+    degradations: int = 0
     bias: bool = True
     batch_size: int = 64
     device: str = "auto"
@@ -105,6 +107,9 @@ class EvaluateConfig:
         one_of("convention", self.convention, CONVENTIONS)
         for name in ("limit", "samples"):
             at_least(name, getattr(self, name), 10)
+        at_least("degradations", self.degradations, 0)
+        if 0 < self.degradations < 10:
+            raise ValueError(f"degradations={self.degradations} is too few images: give at least 10, or 0 for none.")
         at_least("batch_size", self.batch_size, 1)
         at_least("seed", self.seed, 0)
 
@@ -160,31 +165,20 @@ def evaluate(**values: object) -> Evaluation:
     config = strictly.strict(EvaluateConfig, values)
     device = choose_device(config.device)
     loaded, folder = _generator(config)
-    name = config.tokenizer or (loaded.tokenizer if loaded else None)
-    if name is None:
-        name = train(dataset=config.dataset, runs=config.runs, device=config.device).name
-    tokenizer = find_tokenizer(name, config.runs).to(device)
-    size = tokenizer.config.image_size
-    data = open_dataset(DataConfig(config.dataset, config.image_column, config.label_column), size)
+    name, tokenizer, data = _tokenizer(config, loaded)
+    size = tokenizer.to(device).config.image_size
     if loaded:
-        check_tokenizer(loaded, tokenizer)
         loaded.model.to(device)
-        wanted, there = loaded.model.config.classes, len(data.classes or [None])
-        if wanted != there:
-            raise ValueError(
-                f"generator={config.generator!r} makes {wanted} classes, but dataset={config.dataset!r} has {there}: "
-                "judge it against images of its own classes."
-            )
-    originals = open_pixels(
-        _First(getattr(data, config.split), config.limit),
-        image_size=size,
-        what=f"{data.name}, {config.split}",
-        workers=0 if device.type == "cpu" else None,
-    )
     extractor = build_extractor(config.extractor)
     perceptual = None if config.perceptual == "none" else build_perceptual(config.perceptual, size).to(device)
-    options = {"batch_size": config.batch_size, "device": device}
+    options = {"batch_size": config.batch_size, "device": device, "progress": sys.stderr.isatty()}
 
+    def images_of(limit: int | None) -> Pixels:
+        source = _First(getattr(data, config.split), limit)
+        workers = 0 if device.type == "cpu" else None
+        return open_pixels(source, image_size=size, what=f"{data.name}, {config.split}", workers=workers)
+
+    originals = images_of(config.limit)
     real = image_statistics(originals, extractor, **options)
     asked = {name: getattr(config, name) for name in ("limit", "split", "convention", "perceptual")}
     asked |= {"image_size": size, **extractor.identity}
@@ -200,9 +194,9 @@ def evaluate(**values: object) -> Evaluation:
 
     run = _short(name)
     about = {key: value for key, value in asdict(tokenizer.config).items() if key != "pretrained"}
-    about |= {"tokenizer": run, "tokenizer_hash": tokenizer_hash(tokenizer), "judged": "reconstructions"}
-    options_here = {"what": f"reconstructions by {run}", "convention": config.convention, **options}
-    by_image, decoded = paired_statistics(originals, reconstruct, extractor, perceptual, **options_here)
+    about |= {"judged": "reconstructions", "tokenizer": run, "tokenizer_hash": tokenizer_hash(tokenizer)}
+    how = {"what": f"reconstructions by {run}", "convention": config.convention, **options}
+    by_image, decoded = paired_statistics(originals, reconstruct, extractor, perceptual, **how)
     found.psnr = by_image["psnr"]
     rows.by_image(run, about, by_image)
     found.notes += rows.of_all(run, about, decoded, real, config.bias)
@@ -217,8 +211,10 @@ def evaluate(**values: object) -> Evaluation:
         halves = real.groups[: GROUPS // 2], real.groups[GROUPS // 2 :]
         rows.limits(f"{of_images}, halves", {"halves": True}, "", *halves)
     if config.degradations:
-        how = {"measures": measures(real, real), "seed": config.seed, **options}
-        rows.series(of_images, degradation_series(originals, real, extractor, perceptual, **how))
+        few = images_of(config.degradations)
+        untouched = image_statistics(few, extractor, **options)
+        how = {"measures": measures(untouched, untouched), "seed": config.seed, **options}
+        rows.series(of_images, degradation_series(few, untouched, extractor, perceptual, **how))
     if config.results:
         _record(found, Path(config.results), config.dataset in _SHOWABLE)
     return found
@@ -251,6 +247,25 @@ def _generator(config: EvaluateConfig) -> tuple[Loaded | None, Path | None]:
     if loaded.tokenizer is None and config.tokenizer is None:
         raise ValueError(f"generator={config.generator!r} does not say whose latents it makes: give tokenizer.")
     return loaded, source if isinstance(source, Path) else None
+
+
+def _tokenizer(config: EvaluateConfig, loaded: Loaded | None) -> tuple[str, Tokenizer, DataSplits]:
+    """Return a tokenizer, its name, and the data; check that the generator belongs to both."""
+    given = {name: getattr(config, name) for name in ("dataset", "image_column", "label_column")}
+    name = config.tokenizer or (loaded.tokenizer if loaded else None)
+    if name is None:
+        name = train(**given, runs=config.runs, device=config.device).name
+    tokenizer = find_tokenizer(name, config.runs)
+    data = open_dataset(DataConfig(**given), tokenizer.config.image_size)
+    if loaded:
+        check_tokenizer(loaded, tokenizer)
+        ours, theirs = loaded.model.config.classes, len(data.classes or [None])
+        if ours != theirs:
+            raise ValueError(
+                f"generator={config.generator!r} makes {ours} classes, but dataset={config.dataset!r} has {theirs}: "
+                "judge it against images of its own classes."
+            )
+    return name, tokenizer, data
 
 
 def _is_images(name: str) -> bool:
@@ -345,19 +360,14 @@ def _shared(config: EvaluateConfig, tokenizer: str, generator: Path | None) -> l
 
 
 def _record(found: Evaluation, folder: Path, originals: bool) -> None:
-    """Append the rows; pictures go with the first row of what they show."""
+    """Append the rows, the first of them with pictures."""
     from torchvision.utils import save_image
 
     sheets = {"decoded": found.reconstructions} | ({"originals": found.images} if originals else {})
+    run = re.sub(r"[^A-Za-z0-9_.-]+", "-", found.rows[0]["run"])
     with tempfile.TemporaryDirectory() as scratch:
-        for kind, images in (("reconstructions", sheets), ("samples", {"samples": found.samples})):
-            row = next((row for row in found.rows if row["config"].get("judged") == kind), None)
-            if row is None:
-                continue
-            pictures = {}
-            for name, tiles in images.items():
-                path = Path(scratch) / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', row['run'])}-{name}.png"
-                save_image(tiles, path, nrow=SHOWN, normalize=True, value_range=(-1, 1), padding=1, pad_value=1)
-                pictures[path.name] = path
-            row["pictures"] = rows_of.keep_pictures(folder / "evaluate", pictures)
+        pictures = {f"{run}-{name}.png": Path(scratch) / f"{name}.png" for name in sheets}
+        for images, path in zip(sheets.values(), pictures.values(), strict=True):
+            save_image(images, path, nrow=SHOWN, normalize=True, value_range=(-1, 1), padding=1, pad_value=1)
+        found.rows[0]["pictures"] = rows_of.keep_pictures(folder / "evaluate", pictures)
     rows_of.append(folder / "evaluate.jsonl", found.rows)

@@ -14,6 +14,7 @@ from softvq_lib.style import COLOUR_CYCLE, OKABE_ITO, WIDTH, new_figure
 _LEGEND = {"noise": "noise, {} to {} levels", "blur": "blur, {} to {} px", "jpeg": "JPEG, quality {} to {}"}
 _LEGEND |= {"resize": "down and up, {} to {} times"}
 _MARKERS = dict(zip(STRENGTHS, "osD^", strict=True))
+_SEEN = 3  # differences are shown so many times as large
 _RISING = ("psnr", "ssim", "precision", "recall")  # metrics that are better when they are higher
 
 
@@ -33,7 +34,7 @@ def recorded_reconstructions(row: dict, folder: Path, width: float = 0.8 * WIDTH
     lines = [(name, sheets[key]) for name, key in (("original", "originals"), ("decoded", "decoded")) if key in sheets]
     if len(lines) == 2:
         pairs = zip(sheets["originals"], sheets["decoded"], strict=True)
-        lines.append(("difference", [np.abs(a - b).mean(-1) for a, b in pairs]))
+        lines.append((f"difference × {_SEEN}", [(_SEEN * np.abs(a - b).mean(-1)).clip(max=1) for a, b in pairs]))
     return _rows_of_tiles(lines, width=width)
 
 
@@ -64,9 +65,9 @@ def degradations(rows: list[dict]):
         listed = ", ".join(sorted(images)) or "none"
         raise ValueError(f"series of degraded images: {listed}. Give the rows of one set of images.")
     metrics = [m for m in dict.fromkeys(row["metric"] for row in series) if not m.endswith("-inf")]
-    columns = 3
-    lines = len(metrics) // columns + 1  # the last place is the legend's
-    figure, axes = new_figure(lines, columns, 1.75 * lines, sharex=True, sharey=True, squeeze=False)
+    columns = min(3, len(metrics))
+    lines = -(-len(metrics) // columns)
+    figure, axes = new_figure(lines, columns, 1.75 * lines + 0.6, sharex=True, sharey=True, squeeze=False)
     for axis, metric in zip(axes.flat, metrics, strict=False):
         mine = {row["config"]["kind"]: row["curve"] for row in series if row["metric"] == metric}
         values = [value for curve in mine.values() for _, value in curve]
@@ -77,7 +78,7 @@ def degradations(rows: list[dict]):
             heights = [(value - best) / ((worst - best) or 1) for _, value in mine[kind]]
             places = range(1, len(heights) + 1)
             axis.plot(places, heights, marker=_MARKERS[kind], markersize=4, color=colour, linewidth=1.4)
-        axis.set_title(f"{_two_lines(plain(metric))}\n{best:.3g} … {worst:.3g}", fontsize=11)
+        axis.set_title(f"{plain(metric)}\n{best:.3g} … {worst:.3g}", fontsize=10)
         axis.set_xticks(places)
     for axis in axes.flat[len(metrics) :]:
         axis.set_axis_off()
@@ -90,11 +91,6 @@ def degradations(rows: list[dict]):
     names = [_LEGEND[kind].format(*(f"{curve[i][0]:g}" for i in (0, -1))) for kind, curve in said.items()]
     figure.legend(axes.flat[0].lines, names, loc="outside lower center", ncols=2)
     return figure
-
-
-def _two_lines(name: str) -> str:
-    head, _, tail = name.partition("-")
-    return f"{head}\n{tail}" if len(name) > 14 else name
 
 
 def bias(rows: list[dict], width: float = WIDTH):
@@ -110,33 +106,31 @@ def bias(rows: list[dict], width: float = WIDTH):
     Raises:
         ValueError: for no such rows, or a row without its origin.
     """
+    from matplotlib.lines import Line2D
+
     curves = [rows_of.check(row) for row in rows if row["metric"].endswith("-inf") and "dimensions" in row["terms"]]
     if not curves:
         raise ValueError("none of the rows has a Fréchet distance against the number of images: ask for bias=True.")
     panels = sorted({row["terms"]["dimensions"] for row in curves})
     runs = list(dict.fromkeys(row["run"] for row in curves))
-    figure, axes = new_figure(1, len(panels), 3.2, width, squeeze=False)
+    figure, axes = new_figure(1, len(panels), 3.4, width, squeeze=False)
     for axis, dimensions in zip(axes[0], panels, strict=True):
-        numbers = set()
-        for row in (row for row in curves if row["terms"]["dimensions"] == dimensions):
+        mine = [row for row in curves if row["terms"]["dimensions"] == dimensions]
+        for row in mine:
             colour = OKABE_ITO["grey"] if "halves" in row["config"] else COLOUR_CYCLE[runs.index(row["run"])]
             n, distance = np.array(row["curve"]).T
-            numbers |= set(n.astype(int))
             axis.plot(1 / n, distance, color=colour, label=row["run"])
             for some, face in ((n > dimensions, colour), (n <= dimensions, "white")):
                 axis.plot(1 / n[some], distance[some], "o", color=colour, markerfacecolor=face)
-            steps = [0, 1 / n.max()]
-            axis.plot(steps, [row["value"], distance[n.argmax()]], "--", color=colour, linewidth=1)
+            axis.plot([0, 1 / n.max()], [row["value"], distance[n.argmax()]], "--", color=colour, linewidth=1)
             reach = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
             axis.errorbar(0, row["value"], reach, fmt="_", color=colour, capsize=3, linewidth=1, clip_on=False)
-        ticks = sorted(numbers, reverse=True)
-        axis.set_xticks([0, *(1 / n for n in ticks)], ["∞", *(f"{n:,}" for n in ticks)], rotation=90)
-        axis.set(
-            xlabel="images n, spaced as 1/n",
-            title=f"{dimensions:,} dimensions",
-            ylim=(min(0, axis.get_ylim()[0]), None),
-        )
+        numbers = sorted({n for row in mine for n, _ in row["curve"]}, reverse=True)
+        axis.set_xticks([0, *(1 / n for n in numbers)], ["∞", *(f"{n:,}" for n in numbers)], rotation=90)
+        axis.set(xlabel="images n, spaced as 1/n", title=f"{dimensions:,} dimensions")
         axis.axhline(0, color=OKABE_ITO["black"], linewidth=0.8)
     axes[0, 0].set_ylabel("Fréchet distance")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=1)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    handles.append(Line2D([], [], linestyle="", marker="o", color=OKABE_ITO["black"], markerfacecolor="white"))
+    figure.legend(handles, [*labels, "n not above the dimensions"], loc="outside lower center", ncols=2)
     return figure

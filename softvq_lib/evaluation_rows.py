@@ -41,7 +41,7 @@ class EvaluationRows:
         }
 
     def _add(self, run: str, about: dict, **entries: object) -> None:
-        config = {**about, **self.asked}
+        config = {**self.asked, **about}
         row = {**self.common, "run": run, "config": config, "config_hash": strictly.fingerprint(config), **entries}
         self.rows.append(rows_of.check(row))
 
@@ -58,7 +58,10 @@ class EvaluationRows:
             bias: Add the curves of the Fréchet distance against the number of images.
         """
         kind = KINDS[about["judged"]]
-        found = fidelity(made, real, measures=measures(made, real), kind=kind)
+        chosen = measures(made, real)
+        if kind == "g" and "frechet" in chosen and made.scores is not None:
+            chosen += ("score",)
+        found = fidelity(made, real, measures=chosen, kind=kind)
         about = about | {"decides": found.decides, "facts": found.facts}
         for entry in _entries(found):
             if bias and entry["metric"].endswith("-inf"):
@@ -109,7 +112,7 @@ class EvaluationRows:
                 measured.append(entries | {entry["metric"]: entry for entry in _entries(each.fidelity)})
             for metric, last in measured[-1].items():
                 curve = [[each.strength, found[metric]["value"]] for each, found in zip(steps, measured, strict=True)]
-                about = {"kind": kind, "unit": UNITS[kind]}
+                about = {"kind": kind, "unit": UNITS[kind], "convention": "mar"}
                 self._add(f"{name}, {kind}", about, **{**last, "metric": metric}, curve=curve)
 
 

@@ -22,7 +22,7 @@ from softvq_lib.evaluation.latent_space import (
     cosine,
     embed,
     jackknife,
-    mean_bounds,
+    mean_jackknife,
     purity,
     purity_bounds,
     silhouette,
@@ -277,8 +277,8 @@ class _Found:
 
     def of_latents(self, latents: Latents, settings: LatentSpaceConfig, classes: list[str]) -> None:
         near = cosine(latents.z_hat, latents.z)  # (n, l)
-        self.numbers["cosine"] = mean_bounds(near.mean(1)), OVER_IMAGES
-        self.arrays["cosine"] = np.stack(mean_bounds(near)).astype(np.float32)  # (3, l)
+        self.numbers["cosine"] = mean_jackknife(near.mean(1)), OVER_IMAGES
+        self.arrays["cosine"] = np.stack(mean_jackknife(near)).astype(np.float32)  # (3, l)
         if classes:
             for what, measure in (
                 ("purity", lambda x: purity(x, latents.labels, settings.neighbours)),
@@ -333,7 +333,7 @@ class _Found:
         self._bare("patch_attention", shares.mean())
         if attention.own:
             own = np.concatenate([part.numpy() for part in attention.own])  # (n, blocks)
-            self.numbers["strip_attention"] = mean_bounds(own.mean(1)), OVER_IMAGES
+            self.numbers["strip_attention"] = mean_jackknife(own.mean(1)), OVER_IMAGES
             self._bare("strip_attention_best", best_strips(maps))
             self._bare("strip_attention_even", 1 / maps.shape[1])
         self.arrays["attention"] = maps.astype(np.float16)  # (blocks, l, n)

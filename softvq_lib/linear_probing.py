@@ -1,7 +1,6 @@
 """The probing experiment: features of trained models and of baselines, a linear head on each (Fig. 3, Tab. 4)."""
 
-import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -10,31 +9,12 @@ from softvq_lib import config as strictly
 from softvq_lib import results as rows_of
 from softvq_lib.config import at_least, one_of
 from softvq_lib.data import DataConfig, DataSplits, open_dataset
-from softvq_lib.data.latents import tokenizer_hash
-from softvq_lib.evaluation.frozen_features import (
-    LATENTS,
-    POOLINGS,
-    FeatureName,
-    Reader,
-    of_generator,
-    of_network,
-    of_pixels,
-    of_tokenizer,
-    read_features,
-)
+from softvq_lib.evaluation.frozen_features import LATENTS, POOLINGS, FeatureName, read_features
+from softvq_lib.evaluation.probe_subjects import Subject, baseline, find_model, of_model
 from softvq_lib.evaluation.probing import Probed, probe
-from softvq_lib.features import PACKAGED, build_features
-from softvq_lib.generators.loading import Loaded, load_generator
-from softvq_lib.generators.published import is_published
-from softvq_lib.tokenizers import Tokenizer
-from softvq_lib.tokenizers.loading import CONFIG
 from softvq_lib.training.engine import choose_device, device_name
-from softvq_lib.training.generator import find_tokenizer
-from softvq_lib.training.run import runs_folder, slug
+from softvq_lib.training.run import slug
 from softvq_lib.training.tokenizer import train
-
-_RANDOM = "-random"
-_LABELS = "ImageNet-1k"  # that the packaged networks were trained on
 
 
 @dataclass(frozen=True)
@@ -236,144 +216,25 @@ def linear_probing(**values: object) -> ProbeExperiment:
     return ProbeExperiment(rows)
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """A model or baseline.
-
-    Attributes:
-        source: Its name, as its features carry it.
-        kind: `tokenizer`, `generator`, `network`, `pixels` or `random`.
-        reader: Of its features.
-        image_size: Side of its images in pixels.
-        labels: Whose class labels formed its features; "" where none did.
-        more: What its rows say beside.
-    """
-
-    source: str
-    kind: str
-    reader: Reader
-    image_size: int
-    labels: str = ""
-    more: dict = field(default_factory=dict)
-
-
-def _subjects(config: ProbeConfig, device: torch.device) -> list[_Subject]:
+def _subjects(config: ProbeConfig, device: torch.device) -> list[Subject]:
     names = config.listed("model")
     if config.model is None:
         columns = {"image_column": config.image_column, "label_column": config.label_column}
         names = [train(dataset=config.dataset, runs=config.runs, device=config.device, **columns).name]
-    found, first = [], None
-    for name in names:
-        model = _load(name, config.runs)
-        tokenizer = model if isinstance(model, Tokenizer) else _tokenizer_of(model, name, config.runs)
-        first = first or tokenizer
-        size, identity, source = tokenizer.config.image_size, _identity(name, config.runs), _short(name)
-        more = {"tokens": tokenizer.config.tokens, "dim": tokenizer.config.dim}
-        labels = _labels(identity)
-        if isinstance(model, Tokenizer):
-            more |= {"quantizer": tokenizer.config.quantizer, "weights": tokenizer_hash(tokenizer)}
-            reader = of_tokenizer(tokenizer.to(device), source, config.listed("features"), config.listed("pooling"))
-            found.append(_Subject(source, "tokenizer", reader, size, labels, more))
-        else:
-            kind = model.model.config
-            more |= {"generator": kind.generator, "size": kind.size, "tokenizer": _short(model.tokenizer)}
-            parts = {"class labels in training": None}
-            parts |= dict.fromkeys(filter(None, (labels, _labels(_identity(model.tokenizer, config.runs)))))
-            model.model.to(device)
-            reader = of_generator(
-                model,
-                tokenizer.to(device),
-                source,
-                config.numbers("blocks", int) or None,
-                config.numbers("noise_levels", float),
-            )
-            found.append(_Subject(source, "generator", reader, size, "; ".join(parts), more))
-    found += [_baseline(name, config, first, device) for name in config.listed("baselines")]
+    latents = {"features": config.listed("features"), "pooling": config.listed("pooling")}
+    states = {"blocks": config.numbers("blocks", int) or None, "noise_levels": config.numbers("noise_levels", float)}
+    models = [find_model(name, config.runs) for name in names]
+    found = [of_model(model, device, latents, states) for model in models]
+    for name in config.listed("baselines"):
+        found.append(baseline(name, models[0].tokenizer.config, config.seed, device, latents))
     sources = [subject.source for subject in found]
     if twice := sorted({source for source in sources if sources.count(source) > 1}):
         raise ValueError(f"{', '.join(twice)} would name several sources: rename a folder, or probe them one by one.")
     return found
 
 
-def _baseline(name: str, config: ProbeConfig, tokenizer: Tokenizer, device: torch.device) -> _Subject:
-    size = tokenizer.config.image_size
-    if name == "pixels":
-        return _Subject("pixels", "pixels", of_pixels, size)
-    if name == "random":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            net = Tokenizer(replace(tokenizer.config, pretrained=False)).eval().to(device)
-        source = "random weights"
-        reader = of_tokenizer(net, source, config.listed("features"), config.listed("pooling"))
-        return _Subject(source, "random", reader, size, more={"preset": tokenizer.config.preset})
-    random, plain = name.endswith(_RANDOM), name.removesuffix(_RANDOM)
-    try:
-        network = build_features(plain, random=random, seed=config.seed).to(device)
-    except ValueError as error:
-        raise ValueError(f"baselines: {name!r} is not pixels, not random and no network ({error})") from None
-    labels = _LABELS if plain in PACKAGED and not random else ""
-    kind = "random" if random else "network"
-    return _Subject(network.label, kind, of_network(network), size, labels, {"weights": network.fingerprint})
-
-
-def _load(name: str, runs: str | None) -> Tokenizer | Loaded:
-    """Load a tokenizer or a generator, whichever a folder, run or hub name is."""
-    folder = Path(name).expanduser()
-    for place in (folder, folder / "generator", runs_folder(runs) / name / "generator"):
-        if (place / CONFIG).exists() and _is_generator(place / CONFIG):
-            return load_generator(place)
-    if name.count("/") == 1 and not folder.exists() and Path(name).name.startswith(("sit", "dit")):
-        return load_generator(name)
-    try:
-        return find_tokenizer(name, runs)
-    except ValueError as error:
-        raise ValueError(f"model={name!r} is no generator either: {error}") from None
-
-
-def _is_generator(path: Path) -> bool:
-    settings = json.loads(path.read_text())
-    return "generator" in settings or is_published(settings)
-
-
-def _tokenizer_of(loaded: Loaded, name: str, runs: str | None) -> Tokenizer:
-    """Load the tokenizer that a generator was trained on, and check that it is that one."""
-    if loaded.tokenizer is None:
-        raise ValueError(f"model={name!r} does not say on which tokenizer's latents it was trained.")
-    tokenizer = find_tokenizer(loaded.tokenizer, runs)
-    if loaded.tokenizer_hash not in (None, tokenizer_hash(tokenizer)):
-        raise ValueError(
-            f"tokenizer {loaded.tokenizer!r} is not the one whose latents {name!r} was trained on: its weights or "
-            "settings differ. Train the generator again on it, or bring the old one back."
-        )
-    return tokenizer
-
-
-def _short(name: str) -> str:
-    """Name a model in rows: never by a path."""
-    path = Path(name)
-    return path.parent.name if path.name in ("tokenizer", "generator") and path.parent.name else path.name
-
-
-def _identity(name: str, runs: str | None) -> dict | None:
-    """Return the configuration of the run that a model comes from, None where there is none."""
-    folder = Path(name).expanduser()
-    for place in (folder, folder.parent, runs_folder(runs) / name):
-        if (place / CONFIG).exists() and "identity" in (settings := json.loads((place / CONFIG).read_text())):
-            return settings["identity"]
-    return None
-
-
-def _labels(identity: dict | None) -> str:
-    """Say whose labels came into a run through the networks that taught it."""
-    if identity is None:
-        return "unknown"
-    aligned = None if identity.get("alignment_random") else identity.get("alignment")
-    teachers = {aligned, identity.get("perceptual"), identity.get("align_teacher")} & set(PACKAGED)
-    return f"{_LABELS}, through {' and '.join(sorted(teachers))}" if teachers else ""
-
-
 def _rows(
-    config: ProbeConfig, data: DataSplits, subject: _Subject, name: FeatureName, found: Probed, origin: dict
+    config: ProbeConfig, data: DataSplits, subject: Subject, name: FeatureName, found: Probed, origin: dict
 ) -> list[dict]:
     parts = [slug(data.name), subject.source, *filter(None, (name.features, name.pooling))]
     if name.block is not None:
@@ -391,23 +252,18 @@ def _rows(
     common = {
         "experiment": "linear_probing",
         "run": "-".join(part.replace(" ", "_") for part in parts),
-        "n": found.n,
         "seed": config.seed,
         "source": "measured",
         "data": data.name,
         "data_fingerprint": data.fingerprint,
         "config": setting,
         "config_hash": strictly.fingerprint(setting),
-        "precision": "fp32",
+        "precision": "float32",
         **origin,
     }
-    wilson = "95 % Wilson"
     values = {
-        "accuracy": (found.accuracy, found.low, found.high, wilson),
-        "macro_accuracy": (found.macro, None, None, ""),
-        "logistic_accuracy": (found.logistic, found.logistic_low, found.logistic_high, wilson),
+        "accuracy": found.accuracy.row(),
+        "macro_accuracy": {"value": found.macro, "low": None, "high": None, "interval": "", "n": found.accuracy.n},
+        "logistic_accuracy": found.logistic.row(),
     }
-    return [
-        rows_of.check({**common, "metric": metric, "value": value, "low": low, "high": high, "interval": interval})
-        for metric, (value, low, high, interval) in values.items()
-    ]
+    return [rows_of.check({**common, "metric": metric, **value}) for metric, value in values.items()]

@@ -149,12 +149,6 @@ def test_alignment_is_learned_and_measured(tokenizer, tmp_path):
     assert load_generator(run.path / "generator").model.config.align_block == 2
 
 
-def test_data_without_labels_are_one_class(tokenizer, tmp_path):
-    settings = pictures(tmp_path / "images", 12)
-    run = train_generator(**small(tmp_path / "runs", tokenizer, steps=2, **settings))
-    assert run.finished and run.identity["classes"] == 1 and run.data.classes is None
-
-
 # -- interruptions ---------------------------------------------------------------------------------------------------
 
 
@@ -268,7 +262,7 @@ def test_gradient_checkpointing_computes_the_same_twice(kind, tokenizer, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", SAMPLED)
+@pytest.mark.parametrize("kind", ["sit", "mar"])
 def test_compiled_nets_compute_the_same(kind, tokenizer, tmp_path):
     """Needs a C++ compiler."""
     more = {"steps": 2, "log_every": 1, "precision": "fp32", **({"dropout": 0.0} if kind == "mar" else {})}
@@ -309,13 +303,16 @@ def test_the_net_sees_normalised_latents_and_the_generator_knows_how(how, tokeni
     torch.testing.assert_close(unfinished.decode(x), images, rtol=1e-4, atol=1e-5)
 
 
-def test_a_channel_that_never_changes_is_normalised_and_saved(tokenizer, tmp_path):
+def test_a_channel_that_never_changes_is_normalised_and_saved(tmp_path, monkeypatch):
     constant = Tokenizer.from_preset("tiny", quantizer="ae", tokens=4)
+    scatter(constant, 0.5)
     with torch.no_grad():
         constant.to_latent.weight[3], constant.to_latent.bias[3] = 0, 0.25
     constant.save_pretrained(tmp_path / "tokenizer")
-    run = train_generator(**small(tmp_path, tmp_path / "tokenizer", normalise="channel", steps=2))
-    loaded = load_generator(run.path / "generator")
+    unfinished = unstarted(monkeypatch, **small(tmp_path, tmp_path / "tokenizer", normalise="channel"))
+    assert all((batch.latents[..., 3] == 0).all() for batch in epoch(unfinished))
+    unfinished.export(unfinished.measured)
+    loaded = load_generator(unfinished.run.path / "generator")
     assert (loaded.mean[3], loaded.std[3]) == (0.25, 1) and (loaded.std[:3] != 1).all()
 
 

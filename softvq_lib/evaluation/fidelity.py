@@ -6,6 +6,7 @@ KID-EffLite0 and so on. Each number stands beside its floor, what two halves of 
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ from softvq_lib.evaluation.reference import (
     load_statistics,
     read_moments,
 )
+
+if TYPE_CHECKING:
+    from softvq_lib.evaluation.extractors import Extractor
 
 INCEPTION = "Inception"  # label of the extractor that FID is defined with
 MEASURES = ("frechet", "projected", "kid", "precision", "recall", "score")
@@ -108,7 +112,7 @@ class Fidelity:
 def fidelity(
     generated: Images | Pixels | Statistics,
     reference: Images | Pixels | Statistics,
-    extractor="efflite0",
+    extractor: "str | Extractor" = "efflite0",
     *,
     measures: tuple[str, ...] | None = None,
     kind: str = "",

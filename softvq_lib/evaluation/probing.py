@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softvq_lib.config import at_least
+from softvq_lib.evaluation.statistics import Estimate, share_interval
 
 # What is chosen from; of equally good ones the first.
 SETTINGS = tuple(itertools.product((0.003, 0.03, 0.3), (0.1, 0.01, 0.0)))  # (lr, weight decay)
@@ -31,32 +32,25 @@ class Probed:
     """What a probe found.
 
     Attributes:
-        accuracy: Share of the validation images whose class the head names.
-        low, high: Its 95 % Wilson interval.
-        macro: Mean of the classes' accuracies.
-        n: Validation images.
+        accuracy: Share of the validation images whose class the head names, with Wilson's interval.
+        logistic: The same of the logistic regression.
+        macro: Mean of the classes' accuracies under the head.
         images: Training images.
         classes: Number of classes.
         width: Features f of an image.
-        lr, weight_decay: Chosen for the head.
-        logistic: Accuracy of the logistic regression.
-        logistic_low, logistic_high: Its 95 % Wilson interval.
-        c: Chosen for it.
+        lr: Chosen for the head.
+        weight_decay: Chosen for the head.
+        c: Chosen for the logistic regression.
     """
 
-    accuracy: float
-    low: float
-    high: float
+    accuracy: Estimate
+    logistic: Estimate
     macro: float
-    n: int
     images: int
     classes: int
     width: int
     lr: float
     weight_decay: float
-    logistic: float
-    logistic_low: float
-    logistic_high: float
     c: float
 
 
@@ -171,19 +165,15 @@ def probe(
     right = _right(final, _centred(validation[0], train[0]).to(device), answers.to(device)).cpu()
     c, check = _logistic((train[0].numpy(), labels.numpy()), (validation[0].numpy(), answers.numpy()), part)
     by_class = [right[answers == label].float().mean().item() for label in range(len(known))]
-    accuracy, low, high = _share(right.numpy())
     return Probed(
-        accuracy=accuracy,
-        low=low,
-        high=high,
+        accuracy=share_interval(int(right.sum()), len(right)),
+        logistic=share_interval(int(check.sum()), len(check)),
         macro=float(np.mean(by_class)),
-        n=len(right),
         images=len(labels),
         classes=len(known),
         width=x.shape[1],
         lr=chosen[0],
         weight_decay=chosen[1],
-        **dict(zip(("logistic", "logistic_low", "logistic_high"), _share(check), strict=True)),
         c=c,
     )
 
@@ -199,13 +189,6 @@ def _centred(x: Tensor, train: Tensor) -> Tensor:
 
 def _right(trained: LinearProbe, x: Tensor, y: Tensor) -> Tensor:
     return trained(x).argmax(1) == y
-
-
-def _share(cases: np.ndarray) -> tuple[float, float, float]:
-    from scipy.stats import binomtest
-
-    interval = binomtest(int(cases.sum()), len(cases)).proportion_ci(0.95, method="wilson")
-    return float(cases.mean()), float(interval.low), float(interval.high)
 
 
 def _split(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

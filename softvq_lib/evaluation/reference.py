@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 from zipfile import ZipFile, ZipInfo
 
 import numpy as np
@@ -19,6 +20,9 @@ from softvq_lib.evaluation.export import HEADER, merge_npz
 from softvq_lib.evaluation.frechet import GROUPS, Moments, groups_of, merged
 from softvq_lib.evaluation.pixels import AS_GIVEN, STORED, Images, Pixels, npz_names, open_pixels
 from softvq_lib.training.files import write_whole
+
+if TYPE_CHECKING:
+    from softvq_lib.evaluation.extractors import Extractor
 
 KEPT = 5000  # features of a sample; KID, precision and recall are taken of it
 SPLITS = 10  # of the Inception score
@@ -111,7 +115,7 @@ class Scores:
 
 def image_statistics(
     images: Images | Pixels,
-    extractor="efflite0",
+    extractor: "str | Extractor" = "efflite0",
     *,
     image_size: int | None = None,
     convention: str | None = None,
@@ -194,7 +198,7 @@ def _deal(groups: Sequence[Moments], waiting: list[Tensor], seen: int) -> list[T
     return []
 
 
-def extractor_of(extractor):
+def extractor_of(extractor: "str | Extractor") -> "Extractor":
     """Return an `Extractor`, built if it is given by name."""
     from softvq_lib.evaluation.extractors import Extractor, build_extractor
 
@@ -210,7 +214,7 @@ def image_fingerprint(pixels: Pixels, batch_size: int = 256) -> str:
 
 
 def reference_statistics(
-    images: Images | Pixels, path: str | Path, extractor="efflite0", *, kept: int = KEPT, **options
+    images: Images | Pixels, path: str | Path, extractor: "str | Extractor" = "efflite0", *, kept: int = KEPT, **options
 ) -> Statistics:
     """Return the statistics of a data set from a file; where there is none yet, extract and save them.
 
@@ -263,7 +267,8 @@ def save_statistics(statistics: Statistics, path: str | Path) -> None:
     }
     tensors |= {} if statistics.sample is None else {"sample": statistics.sample.contiguous()}
     tensors |= {} if statistics.scores is None else {"scores": statistics.scores}
-    metadata = {"format": _FORMAT, "facts": json.dumps(statistics.facts, sort_keys=True)}
+    # A single entry: safetensors writes several in an order that changes.
+    metadata = {_FORMAT: json.dumps(statistics.facts, sort_keys=True)}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda part: save_file(tensors, part, metadata=metadata))
 
@@ -283,9 +288,9 @@ def load_statistics(path: str | Path) -> Statistics:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read as statistics of images: {error}.") from None
-    if metadata.get("format") != _FORMAT:
+    if _FORMAT not in metadata:
         raise ValueError(f"{path} holds no statistics of images: give a file that save_statistics wrote.")
-    facts, width = json.loads(metadata["facts"]), tensors["mean"].shape[1]
+    facts, width = json.loads(metadata[_FORMAT]), tensors["mean"].shape[1]
     rows, columns = torch.tril_indices(width, width)
     groups = []
     for count, mean, triangle in zip(tensors["count"], tensors["mean"], tensors["scatter"], strict=True):
