@@ -96,9 +96,10 @@ def umap_panel(rows: list[dict], arrays: dict[str, np.ndarray]):
             axis.set_xlabel(f"seed {seed.strip()}")
         line[0].set_ylabel(letter, rotation=0, ha="right", va="center", fontsize=16)
         if names:
-            line[len(seeds) // 2].set_title(
+            line[0].set_title(
                 f"purity {_said(rows, f'purity_{which}_flat', 3)}, "
-                f"silhouette {_said(rows, f'silhouette_{which}_flat', 3)}"
+                f"silhouette {_said(rows, f'silhouette_{which}_flat', 3)}",
+                loc="left",
             )
     if names:
         handles = axes[0, 0].get_legend_handles_labels()

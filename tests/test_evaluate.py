@@ -27,8 +27,8 @@ from softvq_lib.generators import GeneratorConfig
 from softvq_lib.generators.build import build_generator
 from softvq_lib.generators.loading import load_generator, save_generator
 from softvq_lib.generators.sampling import SampleConfig
+from softvq_lib.losses.perceptual import Perceptual
 from softvq_lib.style import SAVE_METADATA
-
 
 EXPERIMENT = sys.modules[evaluate.__module__]
 
@@ -38,6 +38,9 @@ class Coarse(nn.Module):
 
     def forward(self, images):
         return (nn.functional.adaptive_avg_pool2d(images / 255.0, 5).flatten(1),)
+
+    def maps(self, images):
+        return [nn.functional.avg_pool2d(images + 2, 2)]
 
 
 def coarse(name: str = "") -> Extractor:
@@ -49,6 +52,7 @@ def cheap():
     """A feature takes no time, and of each degradation there are three strengths."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(EXPERIMENT, "build_extractor", coarse)
+        patch.setattr(EXPERIMENT, "build_perceptual", lambda name, size: Perceptual(Coarse(), f"perceptual-{name}"))
         for kind, strengths in degradations.STRENGTHS.items():
             patch.setitem(degradations.STRENGTHS, kind, strengths[::2])
         yield
@@ -89,7 +93,7 @@ def test_rows_are_whole_and_are_those_recorded(recorded):
     ours, theirs = named(found.rows, "mine"), named(found.rows, "theirs")
     of_all = {"KID-Coarse", "precision-Coarse", "recall-Coarse"}
     limits = {"FD-Coarse", "FD-Coarse-inf", "FD-Coarse-proj64-v1", "FD-Coarse-proj64-v1-inf"}
-    assert set(ours) == {"psnr", "ssim", "perceptual-EffLite0", *of_all, *(f"r{name}" for name in limits)}
+    assert set(ours) == {"psnr", "ssim", "perceptual-efflite0", *of_all, *(f"r{name}" for name in limits)}
     assert set(theirs) == of_all | {f"g{name}" for name in limits}
     assert len(found.rows) == len({(row["run"], row["metric"]) for row in found.rows})
     row = ours["psnr"]
@@ -150,7 +154,7 @@ def test_metrics_fall_along_the_degradations(recorded):
     series = [row for row in recorded[0].rows if "kind" in row["config"]]
     assert {row["run"] for row in series} == {f"digits validation 32 px, {kind}" for kind in degradations.STRENGTHS}
     assert all(row["n"] == 90 and row["curve"][-1][1] == row["value"] for row in series)
-    for metric, sign in (("psnr", -1), ("ssim", -1), ("perceptual-EffLite0", 1), ("FD-Coarse", 1)):
+    for metric, sign in (("psnr", -1), ("ssim", -1), ("perceptual-efflite0", 1), ("FD-Coarse", 1)):
         for row in (row for row in series if row["metric"] == metric):
             values = [sign * value for _, value in row["curve"]]
             assert len(values) == 3 and values == sorted(values), (row["run"], metric)
@@ -204,7 +208,7 @@ def test_a_figure_drawn_twice_is_the_same_bytes(recorded, kind):
 def test_the_figure_of_degradations_goes_from_best_to_worst(recorded):
     figure = evaluation_figures.degradations(recorded[0].rows)
     panels = {axis.get_title().split("\n")[0]: axis for axis in figure.axes if axis.get_title()}
-    assert set(panels) == {"PSNR, dB", "SSIM", "perceptual-EffLite0"} | {
+    assert set(panels) == {"PSNR, dB", "SSIM", "perceptual-efflite0"} | {
         *("FD-Coarse", "FD-Coarse-proj64-v1", "KID-Coarse", "precision-Coarse", "recall-Coarse")
     }
     for name in ("PSNR, dB", "FD-Coarse"):

@@ -447,7 +447,7 @@ def test_figures_show_the_arrays(recorded):
     shown = sum(len(points.get_offsets()) for points in panel.axes[0].collections)
     assert shown == 30 and [axis.get_xlabel() for axis in panel.axes[:2]] == ["seed 0", "seed 1"]
     value, low, high = recorded[0].numbers["purity_z_flat"]
-    assert f"purity {value:.3f} [{low:.3f}, {high:.3f}]" in panel.axes[3].get_title()
+    assert f"purity {value:.3f} [{low:.3f}, {high:.3f}]" in panel.axes[2].get_title("left")
     bars = latent_figures.by_position(rows, arrays).axes[0].patches
     assert [bar.get_height() for bar in bars] == pytest.approx(arrays["mutual_information"][0].tolist())
     second = latent_figures.attention_maps(rows, arrays, block=2).axes[1].images[-1].get_array()

@@ -245,7 +245,7 @@ def _in_parts(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     return torch.cat([function(part) for part in images.split(500)])
 
 
-# torch-fidelity has these too, but its release 0.3.0 gives one by the other's name.
+# torch-fidelity's are of files of images and its own extractors; these are of any features, with intervals.
 def _precision_recall(features: Tensor, real: Tensor) -> tuple[Share, Share]:
     """Return the shares of `features` (b, c) among `real` (m, c), and of `real` among `features`."""
     between = torch.cdist(features, real)  # (b, m)
