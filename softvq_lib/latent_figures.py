@@ -10,6 +10,7 @@ from softvq_lib import results as rows_of
 from softvq_lib.style import COLOUR_CYCLE, OKABE_ITO, QUANTIZER_NAMES, WIDTH, colour_of, new_figure
 
 _CLASSES = 10  # in colours at most
+_SAID = ("purity", "silhouette")
 _TOKENS = 32  # whose attention is shown at most
 
 
@@ -84,7 +85,7 @@ def umap_panel(rows: list[dict], arrays: dict[str, np.ndarray]):
     seeds = rows[0]["config"]["umap_seeds"].split(",")
     names, labels = _names(arrays), arrays["umap_labels"]
     longest = max(map(len, names[:_CLASSES]), default=0)
-    figure, axes = new_figure(2, len(seeds), 0.3 + 2 * (WIDTH / len(seeds) + 0.35), squeeze=False)
+    figure, axes = new_figure(2, len(seeds), 0.4 + 2 * (min(WIDTH / len(seeds), 3) + 0.5), squeeze=False)
     for line, which, letter in zip(axes, ("z_hat", "z"), ("ẑ", "z"), strict=True):
         for axis, seed, points in zip(line, seeds, arrays[f"umap_{which}"].astype(np.float32), strict=True):
             rest = labels >= _CLASSES if names else labels < 0
@@ -96,11 +97,11 @@ def umap_panel(rows: list[dict], arrays: dict[str, np.ndarray]):
             axis.set_xlabel(f"seed {seed.strip()}")
         line[0].set_ylabel(letter, rotation=0, ha="right", va="center", fontsize=16)
         if names:
-            line[0].set_title(
-                f"purity {_said(rows, f'purity_{which}_flat', 3)}, "
-                f"silhouette {_said(rows, f'silhouette_{which}_flat', 3)}",
-                loc="left",
-            )
+            purity, silhouette = (f"{what} {_said(rows, f'{what}_{which}_flat', 3)}" for what in _SAID)
+            # Each over a panel of its own: a title wider than its panel would push the panels apart.
+            for axis, text in ((line[0], purity), (line[-1], silhouette)):
+                so_far = axis.get_title()
+                axis.set_title(so_far + "\n" * bool(so_far) + text.replace(" ", "\n", 1), fontsize=11)
     if names:
         handles = axes[0, 0].get_legend_handles_labels()
         columns = 5 if longest < 8 else 3
@@ -156,9 +157,12 @@ def code_usage(rows: list[dict], arrays: dict[str, np.ndarray]):
     for probability in arrays["code_probability"]:
         axis.plot(np.arange(codes), codes * probability, color=colour_of(rows[0]["config"]["quantizer"]), alpha=0.8)
     axis.axhline(1, color=OKABE_ITO["grey"], linestyle="--", linewidth=1)
-    axis.set(xlabel="code, most used first", ylabel="use, × an even one", ylim=(0, None))
+    axis.set(xlabel="code, most used first", ylabel="use, × an even one")
     if arrays["code_probability"].max() > 10 / codes:
-        axis.set(yscale="log", ylim=(None, None))
+        axis.set_yscale("log")
+        axis.set_ylim(bottom=1e-2)  # what lies below is as good as unused
+    else:
+        axis.set_ylim(bottom=0)
     used = 100 * _values(rows)["usage"]["value"]
     axis.set_title(
         f"effective size {_said(rows, 'effective_codebook_size', 0)}\nof {codebooks * codes:,}, usage {used:.0f} %"

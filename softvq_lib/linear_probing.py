@@ -78,6 +78,7 @@ class ProbeConfig:
                     f"{name}={getattr(self, name)!r}: give numbers with commas, such as "
                     f"{'2,4' if number is int else '0.25,0.5'!r}."
                 ) from None
+        assert self.data, "which checks the parameters that concern data"
         at_least("epochs", self.epochs, 1)
         at_least("batch_size", self.batch_size, 2)
         at_least("val_images", self.val_images, 1)

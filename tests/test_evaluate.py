@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from softvq_lib import Tokenizer, evaluation_figures, evaluation_rows, figures, results
+from softvq_lib import Tokenizer, evaluation_figures, evaluation_rows, results
 from softvq_lib.data import DataConfig, open_dataset
 from softvq_lib.data.latents import tokenizer_hash
 from softvq_lib.draws import Seeds
@@ -40,7 +40,7 @@ class Coarse(nn.Module):
         return (nn.functional.adaptive_avg_pool2d(images / 255.0, 5).flatten(1),)
 
     def maps(self, images):
-        return [nn.functional.avg_pool2d(images + 2, 2)]
+        return [nn.functional.pixel_unshuffle(images + 2, 4)]
 
 
 def coarse(name: str = "") -> Extractor:
@@ -186,21 +186,20 @@ def test_tables_are_made_of_rows(recorded):
     assert "No rows" in evaluation_rows.table([]) and "No rows" in evaluation_rows.series_table([])
 
 
-def drawn(figure, kind="png"):
+def drawn(figure, kind: str) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format=kind, metadata=SAVE_METADATA if kind == "svg" else None)
     return file.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["png", "svg"])
-def test_a_figure_drawn_twice_is_the_same_bytes(recorded, kind):
+def test_a_figure_drawn_twice_is_the_same_bytes(recorded):
     found, folder = recorded
-    for draw in (
-        lambda: evaluation_figures.degradations(found.rows),
-        lambda: evaluation_figures.bias(found.rows),
-        lambda: evaluation_figures.recorded_reconstructions(found.rows[0], folder / "evaluate"),
-        lambda: evaluation_figures.samples(found.samples),
-        lambda: figures.reconstructions(found),
+    for kind, draw in (
+        ("png", lambda: evaluation_figures.degradations(found.rows)),
+        ("png", lambda: evaluation_figures.bias(found.rows)),
+        ("svg", lambda: evaluation_figures.bias(found.rows)),
+        ("png", lambda: evaluation_figures.recorded_reconstructions(found.rows[0], folder / "evaluate")),
+        ("png", lambda: evaluation_figures.samples(found.samples)),
     ):
         assert drawn(draw(), kind) == drawn(draw(), kind)
 

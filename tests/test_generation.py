@@ -1,4 +1,4 @@
-"""The generator experiment: samples that are the same each time, what is judged and recorded, refusals."""
+"""The generator experiment: samples that are the same each time, what is judged and recorded, what is refused."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from test_faults import pictures
-from test_train_generator import ALIGNED, SAMPLED, SMALL, scatter
+from test_train_generator import ALIGNED, SAMPLED, SMALL, folders, scatter
 
 from softvq_lib import figures, results, tables
 from softvq_lib.data.digits import CLASSES
@@ -170,9 +170,29 @@ def test_without_a_judge_the_loss_is_recorded_with_alignment_too(tokenizer, tmp_
         ({"sample_seed": -1}, ["sample_seed=-1"]),
         ({"colums": 2}, ["'colums'", "did you mean 'columns'"]),
         ({"results": 3}, ["results=3", "str"]),
-        ({"align_teacher": "efflite0"}, ["align_teacher='efflite0'", "align_block=None"]),
-        ({"tokenizer": ""}, ["tokenizer=''"]),
-        ({"generator": "marr"}, ["generator='marr'", "did you mean 'mar'"]),
+        ({"tokens": 8}, ["tokens=8", "have 4", "leave tokens out"]),
+        ({"dim": 8}, ["dim=8", "have 16", "leave dim out"]),
+        ({"classes": 9}, ["classes=9", "have 10"]),
+        ({"crop": 1.25}, ["crop=1.25", "at 1"]),
+        ({"align_teacher": "efflite0"}, ["align_teacher='efflite0'", "align_block=None", "belong together"]),
+        ({"align_block": 2}, ["align_teacher=None", "align_block=2", "belong together"]),
+        ({**ALIGNED, "align_width": 7}, ["align_width=7", "'efflite0' has 320"]),
+        ({**ALIGNED, "align_block": 7}, ["align_block=7", "1 to 6"]),
+        ({"align_width": 320}, ["align_width=320", "align_block"]),
+        ({**ALIGNED, "align_teacher": "efflite9"}, ["'efflite9'", "efflite0"]),
+        ({**SAMPLED["mar"], **ALIGNED}, ["align_block=2", "'mar'"]),
+        ({"generator": "siet"}, ["generator='siet'", "did you mean 'sit'"]),
+        ({"generator": "dit", "path": "gvp"}, ["path='gvp'", "'sit'", "'dit'"]),
+        ({**SAMPLED["mar"], "solver": "heun"}, ["solver='heun' is for sit and dit", "'mar'"]),
+        ({"head_steps": 10}, ["head_steps=10 is for mar", "'sit'"]),
+        ({**SAMPLED["mar"], "guidance_high": 0.7}, ["guidance_high=0.7", "guidance_schedule"]),
+        ({"guidance_scale": -1.0}, ["guidance_scale=-1.0"]),
+        ({"normalise": "batch"}, ["normalise='batch'", "'channel', 'scalar'"]),
+        ({"tokenizer": ""}, ["tokenizer=''", "a run"]),
+        ({"tokenizr": "x"}, ["'tokenizr'", "did you mean 'tokenizer'"]),
+        ({"steps": 0}, ["steps=0"]),
+        ({"dataset": "digit"}, ["'digit'", "digits"]),
+        ({"device": "gpu"}, ["device='gpu'"]),
     ],
 )
 def test_bad_input_stops_before_anything_is_written(bad, words, tokenizer, tmp_path):
@@ -181,3 +201,30 @@ def test_bad_input_stops_before_anything_is_written(bad, words, tokenizer, tmp_p
     for word in words:
         assert word in str(error.value), str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "bad", "words"),
+    [
+        ("sit", {"solver": "ddim"}, "solver='ddim'.*'heun'"),
+        ("dit", {"solver": "euler"}, "solver='euler'.*'ddpm'"),
+        ("dit", {"sample_steps": 1001}, "steps=1001"),
+        ("mar", {"sample_steps": 5}, "steps=5.*1 to 4"),
+        ("mar", {"head_solver": "euler"}, "solver='euler'.*'ddpm'"),
+    ],
+)
+def test_samples_that_cannot_be_made_are_refused_before_training(kind, bad, words, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        train_generator(**quick(tmp_path, tokenizer, kind, **bad))
+    assert folders(tmp_path / "runs", "*") == ["latents"]
+
+
+def test_a_tokenizer_that_is_not_there_is_told_with_those_that_are(tokenizer, tmp_path):
+    for listed in ("None is trained there yet.", "Trained there: mine, yours."):
+        with pytest.raises(ValueError) as error:
+            train_generator(**quick(tmp_path, "theirs"))
+        for word in ("tokenizer='theirs'", str(tmp_path / "runs"), listed):
+            assert word in str(error.value)
+        for name in ("mine", "yours"):
+            shutil.copytree(tokenizer, tmp_path / "runs" / name / "tokenizer", dirs_exist_ok=True)
+    assert folders(tmp_path / "runs", "*") == ["mine", "yours"]

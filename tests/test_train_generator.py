@@ -1,4 +1,4 @@
-"""Training generators on cached latents: learning, resumption, processes, what the net sees, identity, refusals."""
+"""Training generators on cached latents: learning, resumption, micro-batches, processes, what the net sees, identity."""
 
 import json
 import logging
@@ -155,13 +155,15 @@ def test_alignment_is_learned_and_measured(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "more"),
     [
-        ("sit", {"label_dropout": 0.5, "flip": True}),
-        ("dit", {**ALIGNED, "normalise": "channel"}),
+        ("dit", {**ALIGNED, "label_dropout": 0.5, "flip": True}),
         ("mar", {"mask_per_sample": True, "dropout": 0.3, "flip": True}),
     ],
 )
 def test_an_interrupted_run_ends_like_an_unbroken_one(kind, more, tokenizer, tmp_path, monkeypatch):
-    """All files: latents, checkpoints with weights, average and optimiser, metrics, pictures, the generator."""
+    """All files: latents, checkpoints with weights, average and optimiser, metrics, pictures, the generator.
+
+    `faults.py` kills SiT.
+    """
     settings = {"steps": 6, "checkpoint_every": 2, "log_every": 3, "keep": 1, **more}
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -412,69 +414,3 @@ def test_without_a_tokenizer_the_one_of_the_same_data_is_trained(tokenizer, tmp_
     (options,) = asked
     given = {"dataset": settings["dataset"], "runs": str(tmp_path / "runs"), "workers": 0, **more}
     assert {name: value for name, value in options.items() if value} == {name: v for name, v in given.items() if v}
-
-
-# -- refusals --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("bad", "words"),
-    [
-        ({"tokens": 8}, ["tokens=8", "have 4", "leave tokens out"]),
-        ({"dim": 8}, ["dim=8", "have 16", "leave dim out"]),
-        ({"classes": 9}, ["classes=9", "have 10"]),
-        ({"crop": 1.25}, ["crop=1.25", "at 1"]),
-        ({"align_teacher": "efflite0"}, ["align_teacher='efflite0'", "align_block=None", "belong together"]),
-        ({"align_block": 2}, ["align_teacher=None", "align_block=2", "belong together"]),
-        ({**ALIGNED, "align_width": 7}, ["align_width=7", "'efflite0' has 320"]),
-        ({**ALIGNED, "align_block": 7}, ["align_block=7", "1 to 6"]),
-        ({"align_width": 320}, ["align_width=320", "align_block"]),
-        ({**ALIGNED, "align_teacher": "efflite9"}, ["'efflite9'", "efflite0"]),
-        ({**SAMPLED["mar"], **ALIGNED}, ["align_block=2", "'mar'"]),
-        ({"generator": "siet"}, ["generator='siet'", "did you mean 'sit'"]),
-        ({"generator": "dit", "path": "gvp"}, ["path='gvp'", "'sit'", "'dit'"]),
-        ({**SAMPLED["mar"], "solver": "heun"}, ["solver='heun' is for sit and dit", "'mar'"]),
-        ({"head_steps": 10}, ["head_steps=10 is for mar", "'sit'"]),
-        ({**SAMPLED["mar"], "guidance_high": 0.7}, ["guidance_high=0.7", "guidance_schedule"]),
-        ({"guidance_scale": -1.0}, ["guidance_scale=-1.0"]),
-        ({"normalise": "batch"}, ["normalise='batch'", "'channel', 'scalar'"]),
-        ({"tokenizer": ""}, ["tokenizer=''", "a run"]),
-        ({"tokenizr": "x"}, ["'tokenizr'", "did you mean 'tokenizer'"]),
-        ({"steps": 0}, ["steps=0"]),
-        ({"dataset": "digit"}, ["'digit'", "digits"]),
-        ({"device": "gpu"}, ["device='gpu'"]),
-    ],
-)
-def test_bad_input_stops_before_anything_is_written(bad, words, tokenizer, tmp_path):
-    with pytest.raises(ValueError) as error:
-        train_generator(**small(tmp_path / "runs", tokenizer) | bad)
-    for word in words:
-        assert word in str(error.value), str(error.value)
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("kind", "bad", "words"),
-    [
-        ("sit", {"solver": "ddim"}, "solver='ddim'.*'heun'"),
-        ("dit", {"solver": "euler"}, "solver='euler'.*'ddpm'"),
-        ("dit", {"sample_steps": 1001}, "steps=1001"),
-        ("mar", {"sample_steps": 5}, "steps=5.*1 to 4"),
-        ("mar", {"head_solver": "euler"}, "solver='euler'.*'ddpm'"),
-    ],
-)
-def test_samples_that_cannot_be_made_are_refused_before_training(kind, bad, words, tokenizer, tmp_path):
-    with pytest.raises(ValueError, match=words):
-        train_generator(**small(tmp_path, tokenizer, kind, **bad))
-    assert folders(tmp_path, "*") == ["latents"]
-
-
-def test_a_tokenizer_that_is_not_there_is_told_with_those_that_are(tokenizer, tmp_path):
-    for listed in ("None is trained there yet.", "Trained there: mine, yours."):
-        with pytest.raises(ValueError) as error:
-            train_generator(**small(tmp_path, "theirs"))
-        for word in ("tokenizer='theirs'", str(tmp_path), listed):
-            assert word in str(error.value)
-        for name in ("mine", "yours"):
-            shutil.copytree(tokenizer, tmp_path / name / "tokenizer", dirs_exist_ok=True)
-    assert folders(tmp_path, "*") == ["mine", "yours"]

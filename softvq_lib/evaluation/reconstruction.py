@@ -19,6 +19,7 @@ DATA_RANGE = 2.0  # of pixels in [-1, 1]
 # SSIM's window in pixels, and its two constants as shares of the data range (Wang et al. 2004).
 WINDOW, SIGMA = 11, 1.5
 K1, K2 = 0.01, 0.03
+_AT_ONCE = 8  # images
 
 
 def eight_bit(images: Tensor, convention: str = "mar") -> Tensor:
@@ -62,11 +63,15 @@ def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
     """
     if min(images.shape[2:]) < WINDOW:
         raise ValueError(f"images of {images.shape[2]} x {images.shape[3]} pixels: SSIM's window needs {WINDOW}.")
-    x, y = images.double(), reconstructions.clamp(-1, 1).double()
-    place = torch.arange(WINDOW, dtype=x.dtype, device=x.device) - WINDOW // 2
+    place = torch.arange(WINDOW, dtype=torch.float64, device=images.device) - WINDOW // 2
     weights = torch.softmax(-place.square() / (2 * SIGMA**2), 0)
-    moments = torch.stack([x, y, x * x, y * y, x * y])
-    maps = moments.flatten(0, 2)[:, None]  # (5 b 3, 1, height, width)
+    # A few images at a time: their moments are large.
+    parts = zip(images.split(_AT_ONCE), reconstructions.clamp(-1, 1).split(_AT_ONCE), strict=True)
+    return torch.cat([_ssim(x.double(), y.double(), weights) for x, y in parts])
+
+
+def _ssim(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    maps = torch.stack([x, y, x * x, y * y, x * y]).flatten(0, 2)[:, None]  # (5 b 3, 1, height, width)
     maps = F.conv2d(F.conv2d(maps, weights.view(1, 1, -1, 1)), weights.view(1, 1, 1, -1))
     mean_x, mean_y, xx, yy, xy = maps.view(5, len(x), -1)  # each (b, 3 places)
     c1, c2 = (K1 * DATA_RANGE) ** 2, (K2 * DATA_RANGE) ** 2
