@@ -32,7 +32,7 @@ def _percent(row: dict) -> tuple[float, float, float]:
 
 
 def sources(rows: list[dict]):
-    """Draw the accuracy of each source as a bar with its interval, the best last, a panel a data set.
+    """Draw the accuracy of each source as a bar with its interval, the best on top, a panel a data set.
 
     Of a generator's blocks and noise levels only the best is shown: chosen on the images that it is measured on, so a
     little too good. Hatched bars are of features that class labels helped to form. The dotted line is chance.

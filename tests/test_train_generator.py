@@ -1,4 +1,4 @@
-"""Training generators on cached latents: learning, resumption, micro-batches, processes, what the net sees, identity."""
+"""Training generators on cached latents: learning, resumption, micro-batches, processes, latents, identity."""
 
 import json
 import logging
