@@ -59,7 +59,7 @@ class ProbeConfig:
     limit: int | None = 1000
     val_images: int | None = 500
     workers: int | None = None
-    epochs: int = 50
+    epochs: int = 30
     batch_size: int = 128
     seed: int = 0
     device: str = "auto"

@@ -53,7 +53,7 @@ def sources(rows: list[dict]):
                 value,
                 xerr=[[max(0, value - low)], [max(0, high - value)]],
                 color=_KINDS[row["config"]["kind"]][1],
-                hatch="//" if row["config"]["labels"] not in ("", "unknown") else None,
+                hatch="//" if _hatched(row) else None,
                 edgecolor="white",
                 linewidth=0,
                 error_kw={"elinewidth": 1, "capsize": 2},
@@ -78,12 +78,18 @@ def _best(found: list[dict]) -> list[dict]:
     return sorted(kept.values(), key=lambda row: row["value"])
 
 
+def _hatched(row: dict) -> bool:
+    return row["config"]["labels"] not in ("", "unknown")
+
+
 def _legend(figure, found: list[dict]) -> None:
     from matplotlib.patches import Patch
 
     kinds = {row["config"]["kind"] for row in found}
     handles = [Patch(color=colour, label=label) for kind, (label, colour) in _KINDS.items() if kind in kinds]
-    handles.append(Patch(facecolor="white", edgecolor=OKABE_ITO["grey"], hatch="//", label="formed with class labels"))
+    if any(_hatched(row) for row in found):
+        grey = OKABE_ITO["grey"]
+        handles.append(Patch(facecolor="white", edgecolor=grey, hatch="//", label="formed with class labels"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
 
 

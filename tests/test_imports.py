@@ -31,6 +31,7 @@ LAYERS = [
         "sampling",
         "evaluate",
         "evaluation_figures",
+        "evaluation_rows",
         "linear_probing",
         "probing_figures",
         "latent_space",

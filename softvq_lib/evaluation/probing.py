@@ -77,7 +77,7 @@ def train_probes(
     classes: int,
     settings: Sequence[tuple[float, float]],
     *,
-    epochs: int = 50,
+    epochs: int = 30,
     batch_size: int = 128,
     seed: int = 0,
 ) -> list[LinearProbe]:
@@ -131,7 +131,7 @@ def probe(
     validation: tuple[Tensor, Tensor],
     *,
     name: str = "features",
-    epochs: int = 50,
+    epochs: int = 30,
     batch_size: int = 128,
     seed: int = 0,
     device: torch.device | str = "cpu",
