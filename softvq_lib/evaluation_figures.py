@@ -110,7 +110,9 @@ def bias(rows: list[dict], width: float = WIDTH):
 
     curves = [rows_of.check(row) for row in rows if row["metric"].endswith("-inf") and "dimensions" in row["terms"]]
     if not curves:
-        raise ValueError("none of the rows has a Fréchet distance against the number of images: ask for bias=True.")
+        raise ValueError(
+            "none of the rows has a Fréchet distance against n: ask for bias=True, of more than 64 images."
+        )
     panels = sorted({row["terms"]["dimensions"] for row in curves})
     runs = list(dict.fromkeys(row["run"] for row in curves))
     figure, axes = new_figure(1, len(panels), 3.4, width, squeeze=False)

@@ -75,15 +75,16 @@ class EvaluationRows:
     def limits(
         self, run: str, about: dict, kind: str, ours: list[Moments], theirs: list[Moments], whole: bool = True
     ) -> None:
-        """Add a row FD∞ with the curve that leads to it: on 64 projections, and on all features if there are enough.
+        """Add a row FD∞ with the curve that leads to it, of each space that has fewer dimensions than there are images.
 
         Args:
             kind: As in `fidelity`.
-            whole: Also on all features, where there are more images than features.
+            whole: Not only on 64 projections, but also on all features.
         """
-        label, width, count = self.asked["extractor"], len(ours[0].mean), sum(group.count for group in ours)
+        label, width = self.asked["extractor"], len(ours[0].mean)
+        count = min(sum(group.count for group in groups) for groups in (ours, theirs))
         name = f"{kind}FID" if label == INCEPTION else f"{kind}FD-{label}"
-        spaces = [(f"{name}-{PROJECTION}", projection(width))]
+        spaces = [(f"{name}-{PROJECTION}", projection(width))] if count > PROJECTIONS[PROJECTION] else []
         if whole and count > width:
             spaces.append((name, None))
         for space, matrix in spaces:
@@ -97,7 +98,7 @@ class EvaluationRows:
                 low=limit.extrapolated_low,
                 high=limit.extrapolated_high,
                 interval=f"95 % jackknife, {len(ours)} groups",
-                n=count,
+                n=sum(group.count for group in ours),
                 curve=_curve(*pair),
                 terms={"dimensions": len(pair[0][0].mean)},
             )
@@ -110,9 +111,10 @@ class EvaluationRows:
             for each in steps:
                 entries = {metric: _over_images(values) for metric, values in each.by_image.items()}
                 measured.append(entries | {entry["metric"]: entry for entry in _entries(each.fidelity)})
+            about = {"kind": kind, "unit": UNITS[kind], "convention": "mar"}
+            about["limit"] = len(next(iter(steps[0].by_image.values())))
             for metric, last in measured[-1].items():
                 curve = [[each.strength, found[metric]["value"]] for each, found in zip(steps, measured, strict=True)]
-                about = {"kind": kind, "unit": UNITS[kind], "convention": "mar"}
                 self._add(f"{name}, {kind}", about, **{**last, "metric": metric}, curve=curve)
 
 
