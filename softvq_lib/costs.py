@@ -1,4 +1,4 @@
-"""The efficiency experiment: forward passes and training steps of tokenizers, quantizers, generators."""
+"""The efficiency experiment: time of tokenizers, their training, quantizers, generators, and the Fréchet distance."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ from softvq_lib import config as strictly
 from softvq_lib import results as rows_of
 from softvq_lib.evaluation import forward_cost, quantizer_rows
 from softvq_lib.evaluation.efficiency import Subject, peak_mib
+from softvq_lib.evaluation.fidelity_cost import trace_rows
 from softvq_lib.evaluation.throughput import Bench, throughput
 from softvq_lib.evaluation.training_cost import WORKLOADS, run_shares, step_cost
 from softvq_lib.generators import SIZES
@@ -21,7 +22,7 @@ class EfficiencyConfig:
     """Which forward passes and which quantizers are measured.
 
     Attributes:
-        parts: What is measured, separated by commas: `forward`, `training`, `quantizers`, `generators`.
+        parts: What is measured, separated by commas: `forward`, `training`, `quantizers`, `generators`, `fidelity`.
         preset: Size of the tokenizer.
         tokens: Latent tokens l.
         batch_sizes: Numbers of images, separated by commas.
@@ -39,11 +40,12 @@ class EfficiencyConfig:
         generator_device: Where: `auto`, `cpu` or a torch device.
         peer_batch: Images at once beside diffusers' DiT.
         kl_width: Channels of the KL autoencoder that it is compared with; SD-VAE has 128.
+        trace_width: Dimensions of the features whose Fréchet distance is timed.
         rounds: Passes timed of each.
         results: Folder whose `efficiency.jsonl` the measured rows are appended to. None: nothing is recorded.
     """
 
-    parts: str = "forward,training,quantizers,generators"
+    parts: str = "forward,training,quantizers,generators,fidelity"
     preset: str = "tiny"
     tokens: int = 64
     batch_sizes: str = "1,4"
@@ -60,6 +62,7 @@ class EfficiencyConfig:
     generator_device: str = "cpu"
     peer_batch: int = 1
     kl_width: int = 8
+    trace_width: int = 128
     rounds: int = 3
     results: str | None = None
 
@@ -68,7 +71,7 @@ class EfficiencyConfig:
             strictly.one_of("parts", part, _PARTS)
         strictly.one_of("preset", self.preset, PRESETS)
         strictly.one_of("generator_size", self.generator_size, SIZES["sit"])
-        for name in ("generator_batch", "generator_steps", "peer_batch", "kl_width"):
+        for name in ("generator_batch", "generator_steps", "peer_batch", "kl_width", "trace_width"):
             strictly.at_least(name, getattr(self, name), 1)
         for workload in self.workloads.split(","):
             strictly.one_of("workloads", workload.strip(), WORKLOADS)
@@ -215,10 +218,22 @@ def _generator_rows(config: EfficiencyConfig) -> list[dict]:
     return rows
 
 
+def _fidelity_rows(config: EfficiencyConfig) -> list[dict]:
+    rows = []
+    for found in trace_rows(config.trace_width, features=2 * config.trace_width, rounds=config.rounds):
+        setting = {name: found[name] for name in ("subject", "against", "width", "features", "threads")}
+        values = {"time_ratio": (found["ratio"], found["low"], found["high"])}
+        values |= {name: found[name] for name in ("seconds", "against_seconds", "difference")}
+        run = f"trace-{found['width']}-against-{found['against']}"
+        rows += _rows(run, setting, "fp64", config.rounds, values)
+    return rows
+
+
 # Parts of the experiment, in the order of the notebook.
 _PARTS = {
     "forward": _forward_rows,
     "training": _training_rows,
     "quantizers": _quantizer_rows,
     "generators": _generator_rows,
+    "fidelity": _fidelity_rows,
 }

@@ -199,6 +199,23 @@ def quantizer_cost(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def trace_cost(rows: list[dict]) -> str:
+    """One line a way to compute the Fréchet distance that ours is compared with: seconds, ratio, difference."""
+    runs = _by_run([row for row in rows if row["run"].startswith("trace-")])
+    if not runs:
+        return "*No rows have been recorded.*"
+    lines = [
+        "| dimensions | against | ours, s | theirs, s | time ratio | distances differ by |",
+        "|--:|---|--:|--:|--:|--:|",
+    ]
+    for metrics in runs:
+        config = metrics["time_ratio"]["config"]
+        seconds = [f"{metrics[name]['value']:.3g}" for name in ("seconds", "against_seconds")]
+        cells = [f"{config['width']:,}", config["against"], *seconds, _interval(metrics["time_ratio"], 2)]
+        lines.append("| " + " | ".join([*cells, f"{metrics['difference']['value']:.0e}"]) + " |")
+    return "\n".join(lines)
+
+
 def provenance(rows: list[dict]) -> str:
     """One sentence on where rows come from: commits, devices, versions, dates, data."""
 

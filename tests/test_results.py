@@ -271,6 +271,7 @@ MEASURED = {
     tables.training_ratio: EFFICIENCY,
     tables.run_shares: EFFICIENCY,
     tables.quantizer_cost: EFFICIENCY,
+    tables.trace_cost: EFFICIENCY,
     generator_tables.step_costs: EFFICIENCY,
 }
 

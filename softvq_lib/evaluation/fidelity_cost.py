@@ -22,7 +22,7 @@ def trace_rows(
         rounds: In which each way takes its turn, three or more.
 
     Returns:
-        A row for each way that ours is compared with: names, processor seconds of both (medians), `ratio` theirs / ours
+        A row for each way that ours is compared with: names, processor seconds of both (medians), `ratio` ours / theirs
         with its 95 % interval `low`, `high`, and the relative `difference` of the distances.
 
     Raises:
@@ -64,7 +64,7 @@ def trace_rows(
     seconds = interleaved({name: kept(name) for name in ways}, rounds, threads)
     rows = []
     for name in list(ways)[1:]:
-        ratio, low, high = ratio_of_medians(seconds[name], seconds["softvq_lib"])
+        ratio, low, high = ratio_of_medians(seconds["softvq_lib"], seconds[name])
         row = {"subject": "softvq_lib", "against": name, "ratio": ratio, "low": low, "high": high}
         row |= {"seconds": float(np.median(seconds["softvq_lib"])), "against_seconds": float(np.median(seconds[name]))}
         row |= {"difference": abs(distances[name] / distances["softvq_lib"] - 1)}
