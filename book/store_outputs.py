@@ -1,8 +1,11 @@
 """Run notebooks with their default parameters and store the outputs in them: `make notebooks`.
 
 Nothing that differs between two machines is stored: no times, no progress bars and log lines (standard error).
+Pictures are stored with at most 256 colours, which keeps the pages small.
 """
 
+import base64
+import io
 import json
 import os
 import sys
@@ -27,7 +30,24 @@ def kept_outputs(outputs: list[dict]) -> list[dict]:
             kept[-1]["text"] += output["text"]
         else:
             kept.append(output)
+    for output in kept:
+        data = output.get("data", {})
+        if "image/png" in data:
+            data["image/png"] = smaller(data["image/png"])
     return kept
+
+
+def smaller(png: str) -> str:
+    """Write an opaque PNG, in base64, with a palette, if that makes it smaller."""
+    from PIL import Image
+
+    picture = Image.open(io.BytesIO(base64.b64decode(png)))
+    if "A" in picture.getbands() and picture.getextrema()[-1] != (255, 255):
+        return png
+    buffer = io.BytesIO()
+    picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
+    made = base64.b64encode(buffer.getvalue()).decode()
+    return min(png, made, key=len)
 
 
 def store_outputs(path: Path) -> None:

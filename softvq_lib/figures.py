@@ -27,7 +27,7 @@ def _rows_of_tiles(rows: list[tuple[str, list[np.ndarray]]], captions: list[str]
             for spine in axis.spines.values():
                 spine.set_visible(False)
         for axis, tile in zip(line, tiles, strict=False):
-            axis.imshow(tile, vmin=0, vmax=1, cmap="gray" if tile.ndim == 2 else None)
+            axis.imshow(tile, vmin=0, vmax=1, cmap="gray" if tile.ndim == 2 else None, interpolation="nearest")
         line[0].set_ylabel(label, rotation=0, ha="right", va="center")
     for axis, caption in zip(axes[-1], captions or [], strict=False):
         axis.set_xlabel(caption)
@@ -234,7 +234,7 @@ def recorded_grids(row: dict, folder: Path):
         width_ratios=widths,
     )
     for axis, (name, sheet) in zip(axes[0], sheets.items(), strict=True):
-        axis.imshow(np.asarray(sheet.convert("RGB")))
+        axis.imshow(np.asarray(sheet.convert("RGB")), interpolation="nearest")
         axis.grid(False)
         axis.spines[:].set_visible(False)
         axis.set(xticks=[], yticks=[], title=name.replace("_", " "))

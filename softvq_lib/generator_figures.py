@@ -20,7 +20,7 @@ def _mosaic(images, columns: int, gap: int = 1) -> np.ndarray:
 
 
 def _show(axis, images, columns: int, row_names: list[str] | None = None) -> None:
-    axis.imshow(_mosaic(images, columns))
+    axis.imshow(_mosaic(images, columns), interpolation="nearest")
     axis.grid(False)
     axis.spines[:].set_visible(False)
     axis.set(xticks=[], yticks=[])

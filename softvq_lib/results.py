@@ -4,7 +4,6 @@ Small files that belong to a row, pictures and arrays, lie in a folder beside th
 """
 
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from softvq_lib.config import nearest
 from softvq_lib.training.run import now, provenance
+from softvq_lib.weights import sha256
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,10 +84,10 @@ def check(row: dict) -> dict:
         raise ValueError(f"{at}: n={row['n']}; a number comes from at least one.")
     _ordered(at, row)
     for entry in FILES:
-        for name, sha256 in row.get(entry, {}).items():
-            if Path(name).name != name or not re.fullmatch("[0-9a-f]{64}", str(sha256)):
+        for name, digest in row.get(entry, {}).items():
+            if Path(name).name != name or not re.fullmatch("[0-9a-f]{64}", str(digest)):
                 raise ValueError(
-                    f"{at}: {entry} has {name!r}: {sha256!r}; a plain file name and its sha256 are wanted."
+                    f"{at}: {entry} has {name!r}: {digest!r}; a plain file name and its sha256 are wanted."
                 )
     return row
 
@@ -192,7 +192,7 @@ def keep_pictures(folder: Path, pictures: Mapping[str, Path]) -> dict[str, str]:
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in pictures.items():
         shutil.copyfile(path, folder / name)
-    return {name: _sha256(folder / name) for name in pictures}
+    return {name: sha256(folder / name) for name in pictures}
 
 
 def keep_arrays(folder: Path, files: "Mapping[str, Mapping[str, np.ndarray]]") -> dict[str, str]:
@@ -217,7 +217,7 @@ def keep_arrays(folder: Path, files: "Mapping[str, Mapping[str, np.ndarray]]") -
         if len(data) > MOST_BYTES:
             raise ValueError(f"{name} has {len(data):,} bytes; allowed: {MOST_BYTES:,}. Keep fewer, or as float16.")
         (folder / name).write_bytes(data)
-    return {name: _sha256(folder / name) for name in files}
+    return {name: sha256(folder / name) for name in files}
 
 
 def find_file(row: dict, name: str, folder: Path) -> Path:
@@ -236,7 +236,7 @@ def find_file(row: dict, name: str, folder: Path) -> Path:
     kind, recorded = entry.removesuffix("s"), row[entry][name]
     if not path.is_file():
         raise ValueError(f"{path} is missing; its results row names a {kind} with sha256 {recorded}.")
-    if (found := _sha256(path)) != recorded:
+    if (found := sha256(path)) != recorded:
         raise ValueError(f"{path} is not the {kind} that its results row names: sha256 {found}, recorded {recorded}.")
     return path
 
@@ -246,7 +246,3 @@ def read_arrays(row: dict, name: str, folder: Path) -> "dict[str, np.ndarray]":
     from safetensors.numpy import load_file
 
     return load_file(find_file(row, name, folder))
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -12,7 +12,7 @@ import pytest
 from repository import ROOT, cases, named, pyproject
 
 LAYERS = [
-    {"config", "features", "distributed", "draws"},
+    {"config", "features", "distributed", "draws", "weights"},
     {"tokenizers", "losses", "generators", "data"},
     {"training"},
     {"evaluation"},

@@ -5,7 +5,6 @@ A folder holds `samples.json`, the header; `labels.npy`, int64 (n,); and shards 
 came in, up to the rounding of other batch sizes.
 """
 
-import hashlib
 import json
 import logging
 import shutil
@@ -24,6 +23,7 @@ from softvq_lib.generators.loading import Loaded
 from softvq_lib.generators.sampling import SampleConfig, generate
 from softvq_lib.tokenizers import Tokenizer
 from softvq_lib.training.files import write_json, write_whole
+from softvq_lib.weights import sha256
 
 log = logging.getLogger(__name__)
 
@@ -278,17 +278,12 @@ def _save(path: Path, array: np.ndarray) -> str:
             np.save(file, array)
 
     write_whole(path, write)
-    return _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path)
 
 
 def _whole(folder: Path, shard: dict) -> bool:
     path = folder / shard["name"]
-    return path.is_file() and _sha256(path) == shard["sha256"]
+    return path.is_file() and sha256(path) == shard["sha256"]
 
 
 def _read_header(folder: Path) -> dict | None:

@@ -5,7 +5,6 @@ module registers ours, so that torch-fidelity's own functions take their names, 
 `torch_fidelity.calculate_metrics(feature_extractor="efflite0", ...)`.
 """
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlparse
@@ -18,6 +17,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 
 from softvq_lib.config import one_of
 from softvq_lib.features import NAMES, OFFLINE, PACKAGED, build_features, packaged_weights
+from softvq_lib.weights import sha256
 
 INCEPTION = "inception"
 EXTRACTORS = (*NAMES, INCEPTION)
@@ -174,11 +174,10 @@ def _inception_weights(path: Path | None) -> tuple[Path, str]:
                 ) from None
     if not path.is_file():
         raise ValueError(f"weights={str(path)!r} is no file: give {name}, from {URL_INCEPTION_V3}.")
-    with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    if not sha256.startswith(digits):
+    found = sha256(path)
+    if not found.startswith(digits):
         raise ValueError(
-            f"{path} has sha256 {sha256[:8]}..., but the Inception weights of FID, {name}, begin with {digits}: fetch "
+            f"{path} has sha256 {found[:8]}..., but the Inception weights of FID, {name}, begin with {digits}: fetch "
             f"that file from {URL_INCEPTION_V3}."
         )
-    return path, sha256
+    return path, found

@@ -16,9 +16,9 @@ from softvq_lib.features import NAMES, PACKAGED, build_features, fingerprint_of
 from softvq_lib.generators.loading import Loaded, load_generator
 from softvq_lib.generators.published import is_published
 from softvq_lib.tokenizers import Tokenizer, TokenizerConfig
-from softvq_lib.tokenizers.loading import CONFIG
 from softvq_lib.training.generator import find_tokenizer
 from softvq_lib.training.run import runs_folder
+from softvq_lib.weights import CONFIG
 
 _RANDOM = "-random"
 _SUPERVISED = {*PACKAGED, "lpips"}  # trained on the labels of ImageNet-1k; the others of NAMES on none

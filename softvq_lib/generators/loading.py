@@ -1,17 +1,14 @@
 """Generators on the disk and the hub: config.json and model.safetensors, with the statistics of the latents."""
 
-import json
 import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from softvq_lib import weights
 from softvq_lib.config import one_of, split
 from softvq_lib.data.latents import NORMALISE
 from softvq_lib.generators import published
@@ -21,7 +18,6 @@ from softvq_lib.generators.mar import MAR
 from softvq_lib.generators.presets import GeneratorConfig
 from softvq_lib.generators.sampling import SampleConfig
 from softvq_lib.generators.sit import SiT
-from softvq_lib.tokenizers import loading as files
 
 _TRANSFORMER = {
     "tokens": ("backbone.pos_embed", 1, 0),
@@ -126,17 +122,12 @@ def save_generator(
     _check_statistics(mean, std, normalise, model.config.dim)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{files.WEIGHTS}.part"
-    try:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(tensors, part, metadata={"format": "pt"})
-        about = About(mean, std, normalise, tokenizer, tokenizer_hash, origin, files._sha256(part))
-        os.replace(part, folder / files.WEIGHTS)
-    finally:
-        part.unlink(missing_ok=True)
-    settings = {**asdict(model.config), **asdict(about)}
-    settings = {key: value for key, value in settings.items() if value is not None}
-    (folder / files.CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+    def settings(sha256: str) -> dict:
+        about = About(mean, std, normalise, tokenizer, tokenizer_hash, origin, sha256)
+        return {**asdict(model.config), **asdict(about)}
+
+    weights.save(model, folder, settings)
 
 
 def load_generator(
@@ -174,8 +165,8 @@ def load_generator(
     """
     hub = {"revision": revision, "cache_dir": cache_dir, "token": token}
     hub |= {"force_download": force_download, "local_files_only": local_files_only}
-    config_file, weights_file = files._locate(str(source), hub)
-    settings = files._read_settings(config_file)
+    config_file, weights_file = weights.locate(str(source), hub)
+    settings = weights.read_settings(config_file)
     theirs = published.is_published(settings)
     try:
         if theirs:
@@ -196,9 +187,13 @@ def load_generator(
         _check_statistics(about.mean, about.std, about.normalise, config.dim)
     except ValueError as error:
         raise ValueError(f"{config_file}: {error}") from None
-    files._verify(weights_file, about.weights_sha256)
+    weights.verify(weights_file, about.weights_sha256)
     model = _empty(config)
-    _fill(model, weights_file, config_file, theirs)
+    names = {"our_name": published.our_name, "their_name": published.their_name} if theirs else {}
+    weights.fill(
+        model, weights_file, config_file, differences=lambda shapes: _differences(config, shapes, config_file), **names
+    )
+    assert not any(x.is_meta for x in (*model.parameters(), *model.buffers())), "a tensor that is not saved"
     if theirs and config.generator == "dit":
         model.diffusion.full_range = True  # as its authors sample, from the last timestep on
     return Loaded(
@@ -215,7 +210,7 @@ def load_generator(
 def _published(settings: dict, name: str) -> tuple[GeneratorConfig, About]:
     config = published.read(settings)
     tokenizer, mean, std = published.statistics(config, name)
-    return config, About(mean, std, tokenizer=tokenizer, origin=files._origin(name))
+    return config, About(mean, std, tokenizer=tokenizer, origin=weights.origin(name))
 
 
 def _plain(value: float | Sequence[float] | Tensor, normalise: str) -> float | list:
@@ -247,45 +242,6 @@ def _empty(config: GeneratorConfig) -> SiT | DiT | MAR:
 
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
         return build_generator(config)
-
-
-def _fill(model: nn.Module, path: Path, config_file: Path, theirs: bool) -> None:
-    """Give the model the file's tensors, after checking their names, shapes and values.
-
-    Raises:
-        ValueError: for a damaged file, or tensors that contradict the configuration.
-    """
-    our_name: Callable[[str], str | None] = published.our_name if theirs else str
-    their_name: Callable[[str], str] = published.their_name if theirs else str
-    wanted = model.state_dict()
-    try:
-        with safe_open(path, framework="pt") as file:
-            sources = {our_name(name): name for name in file.keys()}  # noqa: SIM118
-            sources.pop(None, None)
-            shapes = {name: tuple(file.get_slice(source).get_shape()) for name, source in sources.items()}
-            problems = [
-                *_differences(model.config, shapes, config_file),
-                *files._listed("missing", (their_name(name) for name in wanted if name not in shapes)),
-                *files._listed("unknown", (sources[name] for name in shapes if name not in wanted)),
-                *files._listed(
-                    "of another shape",
-                    (
-                        f"{sources[name]} {shapes[name]} where {tuple(tensor.shape)} is wanted"
-                        for name, tensor in wanted.items()
-                        if name in shapes and shapes[name] != tuple(tensor.shape)
-                    ),
-                ),
-            ]
-            if problems:
-                raise ValueError(f"{path} contradicts {config_file.name}: {'; '.join(problems)}.")
-            # Copies, since the file is mapped into memory and may be overwritten while the model lives.
-            tensors = {name: file.get_tensor(source).clone() for name, source in sources.items()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read ({error}){files._diagnosis(path)}: get it again.") from None
-    if broken := files._listed("not finite", (sources[name] for name, x in tensors.items() if not x.isfinite().all())):
-        raise ValueError(f"{path} is damaged: {broken[0]}. Get it again, or train it anew.")
-    model.load_state_dict({name: x.to(wanted[name].dtype) for name, x in tensors.items()}, assign=True)
-    assert not any(x.is_meta for x in (*model.parameters(), *model.buffers())), "a tensor that is not saved"
 
 
 def _differences(config: GeneratorConfig, shapes: dict[str, tuple], config_file: Path) -> list[str]:

@@ -1,6 +1,5 @@
 """Checkpoints in safetensors: written whole, checksummed, the newest valid one used."""
 
-import hashlib
 import json
 import logging
 from pathlib import Path
@@ -12,17 +11,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as states
 
 from softvq_lib.training.files import write_json, write_whole
+from softvq_lib.weights import sha256
 
 log = logging.getLogger(__name__)
 
 # Whole tensors, gathered on the first process where a model is sharded.
 _GATHERED = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 _WHOLE = states.StateDictOptions(full_state_dict=True)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], keep: int = 2) -> Path:
@@ -40,7 +35,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], keep: int = 2) -> 
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     try:
         write_whole(path, lambda part: save_file(tensors, part))
-        write_json(path.with_suffix(".json"), {"step": step, "sha256": _sha256(path)})
+        write_json(path.with_suffix(".json"), {"step": step, "sha256": sha256(path)})
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise OSError(
@@ -59,7 +54,7 @@ def newest(folder: Path) -> Path | None:
     """Find the checkpoint of the highest step whose checksum is right; report the damaged ones passed over."""
     for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
         try:
-            if json.loads(path.with_suffix(".json").read_text())["sha256"] != _sha256(path):
+            if json.loads(path.with_suffix(".json").read_text())["sha256"] != sha256(path):
                 raise ValueError("its checksum is wrong")
             return path
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -37,7 +37,7 @@ def code_hash() -> str:
     package = Path(__file__).parents[1]
     parts = ("tokenizers", "losses", "generators", "training", "data")
     files = sorted(path for part in parts for path in (package / part).rglob("*.py"))
-    files += sorted(package.glob("[df]*.py"))  # distributed, draws, features
+    files += [package / f"{part}.py" for part in ("distributed", "draws", "features", "weights")]
     return config.fingerprint({str(path.relative_to(package)): path.read_text() for path in files})
 
 
