@@ -45,7 +45,7 @@ def smaller(png: str) -> str:
     if "A" in picture.getbands() and picture.getextrema()[-1] != (255, 255):
         return png
     buffer = io.BytesIO()
-    picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
+    picture.convert("RGB").quantize(256, kmeans=4, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
     made = base64.b64encode(buffer.getvalue()).decode()
     return min(png, made, key=len)
 
