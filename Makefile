@@ -48,7 +48,7 @@ test: $(STAMP) ## run all tests: pytest, then the notebooks against their stored
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 book || failed=1; \
 	exit $$failed
 
-test-faults: $(STAMP) ## kill 200 training runs and compare how they end: some minutes
+test-faults: $(STAMP) ## kill 400 training runs and compare how they end: some minutes
 	$(BIN)/python -m pytest -m slow tests
 
 lint: $(STAMP) ## check style: ruff's linter and formatter
