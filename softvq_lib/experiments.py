@@ -22,13 +22,26 @@ class RecordConfig:
 
     Attributes:
         results: Folder whose `train_tokenizer.jsonl` the measured rows are appended to. None: nothing is recorded.
+        pictures: Keep pictures beside the rows.
     """
 
     results: str | None = None
+    pictures: bool = True
+
+
+@dataclass(frozen=True)
+class BaselineConfig:
+    """What stands beside a tokenizer's numbers.
+
+    Attributes:
+        pca: Measure PCA of as many components on the same images, up to `PCA_MOST` pixels.
+    """
+
+    pca: bool = True
 
 
 PCA_MOST = 64  # pixels
-TOKENIZER_EXPERIMENT = (*CONFIGS, RecordConfig)
+TOKENIZER_EXPERIMENT = (*CONFIGS, BaselineConfig, RecordConfig)
 
 _OF_JUPYTER = {"In", "Out", "exit", "quit", "get_ipython", "open"}
 
@@ -105,14 +118,16 @@ def train_tokenizer(**values: object) -> TokenizerExperiment | None:
     Of several processes that train together the first measures and returns the experiment; the others return None.
 
     Args:
-        values: Fields of `TokenizerConfig`, `DataConfig`, `LossConfig`, `TrainConfig` and `RecordConfig`.
+        values: Fields of `TokenizerConfig`, `DataConfig`, `LossConfig`, `TrainConfig`, `BaselineConfig` and
+            `RecordConfig`.
 
     Raises:
         ValueError: for a parameter that is unknown (the nearest is named) or out of range, and for data or folders
             that cannot be used; nothing is trained or changed then.
     """
-    _, data_config, _, settings, record = strictly.split(values, *TOKENIZER_EXPERIMENT)
-    run = train(**{name: value for name, value in values.items() if name not in strictly.fields_of(RecordConfig)})
+    _, data_config, _, settings, baseline, record = strictly.split(values, *TOKENIZER_EXPERIMENT)
+    mine = {**strictly.fields_of(BaselineConfig), **strictly.fields_of(RecordConfig)}
+    run = train(**{name: value for name, value in values.items() if name not in mine})
     if rank():
         return None
     image_size, device = run.identity["image_size"], choose_device(settings.device)
@@ -123,11 +138,11 @@ def train_tokenizer(**values: object) -> TokenizerExperiment | None:
         measured=reconstruct(run.tokenizer.to(device), data.validation, limit=settings.val_images),
         # Of larger images the matrix would not fit into memory.
         pca=pca_psnr(data.train, data.validation, image_size=image_size, limit=settings.val_images)
-        if image_size <= PCA_MOST
+        if baseline.pca and image_size <= PCA_MOST
         else {},
     )
     if record.results:
-        _record(experiment, Path(record.results), data_config.dataset in _SHOWABLE)
+        _record(experiment, Path(record.results), record.pictures, data_config.dataset in _SHOWABLE)
     return experiment
 
 
@@ -142,7 +157,7 @@ def _thinned(curve: list[list[float]], most: int = 100) -> list[list[float]]:
     return [[int(part[-1, 0]), float(f"{part[:, 1].mean():.5g}")] for part in parts]
 
 
-def _record(experiment: TokenizerExperiment, folder: Path, originals: bool) -> None:
+def _record(experiment: TokenizerExperiment, folder: Path, shown: bool, originals: bool) -> None:
     run = experiment.run
     manifest = run.manifest
     common = {
@@ -175,10 +190,11 @@ def _record(experiment: TokenizerExperiment, folder: Path, originals: bool) -> N
         )
     for name, value in experiment.measured.usage.items():
         rows.append({**common, "metric": name, "value": value, "low": None, "high": None, "interval": ""})
-    pictures = {f"{run.name}-step-{step:08d}.png": path for step, path in run.snapshots.items()}
-    if originals:
-        pictures[f"{run.name}-originals.png"] = run.path / "images" / "originals.png"
-    rows[0]["pictures"] = rows_of.keep_pictures(folder / "train_tokenizer", pictures)
+    if shown:
+        pictures = {f"{run.name}-step-{step:08d}.png": path for step, path in run.snapshots.items()}
+        if originals:
+            pictures[f"{run.name}-originals.png"] = run.path / "images" / "originals.png"
+        rows[0]["pictures"] = rows_of.keep_pictures(folder / "train_tokenizer", pictures)
     for row in rows:
         curve = [[at["step"], at[f"val_{row['metric']}"]] for at in run.metrics if f"val_{row['metric']}" in at]
         if curve:

@@ -152,7 +152,7 @@ def train_generator(**values: object) -> GeneratorExperiment | None:
     if show.judged:
         experiment.judgement = _judge(experiment, show.judged)
     if record.results:
-        _record(experiment, Path(record.results))
+        _record(experiment, Path(record.results), record.pictures)
     return experiment
 
 
@@ -186,7 +186,7 @@ def _beside_nearest(experiment: GeneratorExperiment, pairs: int = 40) -> Tensor:
     return torch.stack([samples.unflatten(0, (-1, 8)), closest.unflatten(0, (-1, 8))], 1).flatten(0, 2)
 
 
-def _record(experiment: GeneratorExperiment, folder: Path) -> None:
+def _record(experiment: GeneratorExperiment, folder: Path, shown: bool) -> None:
     from torchvision.utils import save_image
 
     run = experiment.run
@@ -205,8 +205,8 @@ def _record(experiment: GeneratorExperiment, folder: Path) -> None:
         "code": run.manifest["code"],
     }
     curve = [[row["step"], row["val_loss"]] for row in run.metrics if "val_loss" in row]
-    sheets = {"samples": (experiment.grid, experiment.columns)}
-    if experiment.judged is not None:
+    sheets = {"samples": (experiment.grid, experiment.columns)} if shown else {}
+    if shown and experiment.judged is not None:
         sheets["beside_nearest"] = (_beside_nearest(experiment), 8)
     pictures = {}
     for name, (images, columns) in sheets.items():
@@ -222,8 +222,9 @@ def _record(experiment: GeneratorExperiment, folder: Path) -> None:
         "n": run.manifest.get("held_out", 256),
         "curve": curve,
         "train_seconds": run.seconds,
-        "pictures": rows_of.keep_pictures(folder / "train_generator", pictures),
     }
+    if pictures:
+        first["pictures"] = rows_of.keep_pictures(folder / "train_generator", pictures)
     rows = [first]
     for name, (value, low, high) in experiment.numbers.items():
         interval = "" if low is None else "95 % Wilson"

@@ -45,6 +45,7 @@ class Trainer:
     """
 
     unit = "images"
+    length = math.inf  # of the sequences that the transformers see, where it is known
     written: tuple[Tensor, ...] = ()  # trained tensors that a forward pass may write into
 
     def __init__(self, run: Run, model: nn.Module, data: DataSplits, settings: TrainConfig):
@@ -212,7 +213,8 @@ class Trainer:
                 part = batch[start : start + self.micro_batch].to(self.device)
                 share = len(part) / len(batch)
                 last = start + self.micro_batch >= len(batch)
-                with nullcontext() if last else self.accelerator.no_sync(self.model):
+                attention = engine.short_attention(self.device, self.dtype, self.length)
+                with attention, nullcontext() if last else self.accelerator.no_sync(self.model):
                     for name, term in self.backward(part, self.rank * self.rows + start, share).items():
                         terms[name] = terms.get(name, 0) + share * term.detach()
         except BaseException:
