@@ -22,6 +22,7 @@ from softvq_lib import results as rows_of
 from softvq_lib.config import at_least, one_of
 from softvq_lib.data import DataConfig, DataSplits, Source, open_dataset
 from softvq_lib.data.latents import tokenizer_hash
+from softvq_lib.evaluation.class_judge import class_judge
 from softvq_lib.evaluation.degradations import degradation_series
 from softvq_lib.evaluation.export import CONVENTIONS, HEADER, check_tokenizer, sample_seeds
 from softvq_lib.evaluation.extractors import EXTRACTORS, build_extractor
@@ -32,6 +33,7 @@ from softvq_lib.evaluation.reference import image_statistics
 from softvq_lib.evaluation_rows import EvaluationRows, measures
 from softvq_lib.experiments import _SHOWABLE
 from softvq_lib.generators.loading import Loaded, load_generator
+from softvq_lib.generators.sampling import SampleConfig
 from softvq_lib.losses.perceptual import PERCEPTUAL, build_perceptual
 from softvq_lib.sampling import find_generator, sample_images
 from softvq_lib.tokenizers import Tokenizer
@@ -69,6 +71,10 @@ class EvaluateConfig:
         samples: Images generated.
         guidance_scale: Classifier-free guidance of these samples. None: as the generator's authors sample.
         guidance_high: SiT, DiT: greatest noise level that is guided. None: alike.
+        guided: Generate as many images again with this guidance, from the same noise, and judge them too; `samples` are
+            then those of `guidance_scale`, by default without guidance. None: once.
+        judge: Training images from which a linear head on the extractor's features learns the classes; it then says
+            how many samples, and real images, are of their class. 0: no head.
         degradations: So many of the real images are also made worse step by step, to see how each metric answers. 0:
             none. It costs as much as judging twenty tokenizers on them.
         bias: Take the Fréchet distance of fewer and fewer images, and of two halves of the real ones.
@@ -77,6 +83,7 @@ class EvaluateConfig:
         runs: Folder of all runs.
         seed: Of samples and noise.
         results: Folder whose `evaluate.jsonl` the measured rows are appended to. None: nothing is recorded.
+        pictures: Keep pictures beside the rows.
     """
 
     tokenizer: str | None = None
@@ -92,6 +99,8 @@ class EvaluateConfig:
     samples: int = 256
     guidance_scale: float | None = None
     guidance_high: float | None = None
+    guided: float | None = None
+    judge: int = 0
     degradations: int = 0
     bias: bool = True
     batch_size: int = 64
@@ -99,6 +108,7 @@ class EvaluateConfig:
     runs: str | None = None
     seed: int = 0
     results: str | None = None
+    pictures: bool = True
 
     def __post_init__(self):
         one_of("split", self.split, SPLITS)
@@ -107,7 +117,8 @@ class EvaluateConfig:
         one_of("convention", self.convention, CONVENTIONS)
         for name in ("limit", "samples"):
             at_least(name, getattr(self, name), 10)
-        at_least("degradations", self.degradations, 0)
+        for name in ("degradations", "judge", "guided"):
+            at_least(name, getattr(self, name), 0)
         if 0 < self.degradations < 10:
             raise ValueError(f"degradations={self.degradations} is too few images: give at least 10, or 0 for none.")
         at_least("batch_size", self.batch_size, 1)
@@ -179,7 +190,12 @@ def evaluate(**values: object) -> Evaluation:
         return open_pixels(source, image_size=size, what=f"{data.name}, {config.split}", workers=workers)
 
     originals = images_of(config.limit)
-    real = image_statistics(originals, extractor, **options)
+    judge = None
+    if config.judge:
+        judge = class_judge(data, extractor, config.judge, size, runs_folder(config.runs) / "judges", **options)
+    seen_by = judge.see if judge else None
+    real = image_statistics(originals, extractor, seen_by=seen_by, **options)
+    agreement = judge.agreement() if judge else None
     asked = {name: getattr(config, name) for name in ("limit", "split", "convention", "perceptual")}
     asked |= {"image_size": size, **extractor.identity}
     rows = EvaluationRows(asked, data, device_name(device), config.seed)
@@ -200,11 +216,17 @@ def evaluate(**values: object) -> Evaluation:
     found.psnr = by_image["psnr"]
     rows.by_image(run, about, by_image)
     found.notes += rows.of_all(run, about, decoded, real, config.bias)
-    if config.generator:
+    for scale in _scales(config) if config.generator else ():
         run, shown = _short(config.generator), []
-        samples = _samples(config, loaded, tokenizer, real.facts["classes"], shown)
-        about = {"judged": "samples", "generator": run, **_how(config, loaded, name)}
-        found.notes += rows.of_all(run, about, image_statistics(samples, extractor, **options), real, config.bias)
+        if scale is not None and scale == config.guided:
+            run += f", guided {scale:g}"
+        settings = _sampling(config, loaded, scale)
+        samples = _samples(config, loaded, settings, tokenizer, real.facts["classes"], shown)
+        about = {"judged": "samples", "generator": _short(config.generator), **_how(settings, loaded, name)}
+        made = image_statistics(samples, extractor, seen_by=seen_by, **options)
+        found.notes += rows.of_all(run, about, made, real, config.bias)
+        if judge:
+            rows.agreement(run, about, judge.agreement(), agreement)
         found.samples = torch.cat(shown)[:SAMPLES_SHOWN] / 127.5 - 1
     of_images = f"{data.name} {config.split} {size} px"
     if config.bias:
@@ -216,7 +238,7 @@ def evaluate(**values: object) -> Evaluation:
         how = {"measures": measures(untouched, untouched), "seed": config.seed, **options}
         rows.series(of_images, degradation_series(few, untouched, extractor, perceptual, **how))
     if config.results:
-        _record(found, Path(config.results), config.dataset in _SHOWABLE)
+        _record(found, Path(config.results), config.pictures, config.dataset in _SHOWABLE)
     return found
 
 
@@ -243,7 +265,8 @@ def _generator(config: EvaluateConfig) -> tuple[Loaded | None, Path | None]:
         return None, None
     source = find_generator(config.generator, config.runs)
     loaded = load_generator(source)
-    _sampling(config, loaded).arguments(loaded.model.config.generator)
+    for scale in _scales(config):
+        _sampling(config, loaded, scale).arguments(loaded.model.config.generator)
     if loaded.tokenizer is None and config.tokenizer is None:
         raise ValueError(f"generator={config.generator!r} does not say whose latents it makes: give tokenizer.")
     return loaded, source if isinstance(source, Path) else None
@@ -276,29 +299,44 @@ def _is_images(name: str) -> bool:
     return path.is_dir() and any(file.suffix.lower() in SUFFIXES for file in path.iterdir())
 
 
-def _sampling(config: EvaluateConfig, loaded: Loaded):
-    given = {name: getattr(config, name) for name in ("guidance_scale", "guidance_high")}
+def _scales(config: EvaluateConfig) -> tuple[float | None, ...]:
+    """The guidance of each set of samples; None as the generator's authors sample."""
+    if config.guided is None:
+        return (config.guidance_scale,)
+    return (1.0 if config.guidance_scale is None else config.guidance_scale, config.guided)
+
+
+def _sampling(config: EvaluateConfig, loaded: Loaded | None, scale: float | None) -> SampleConfig | None:
+    """How samples are made; None where nobody knows."""
+    if loaded is None:
+        return None
+    given = {"guidance_scale": scale, "guidance_high": config.guidance_high}
     return replace(loaded.sampling, **{name: value for name, value in given.items() if value is not None})
 
 
-def _how(config: EvaluateConfig, loaded: Loaded | None, tokenizer: str) -> dict[str, object]:
+def _how(settings: SampleConfig | None, loaded: Loaded | None, tokenizer: str) -> dict[str, object]:
     """Return for the rows how samples were made, as far as it is known."""
     if loaded is None:
         return {}
-    settings = {f"sampling_{name}": value for name, value in asdict(_sampling(config, loaded)).items()}
+    sampling = {f"sampling_{name}": value for name, value in asdict(settings).items() if value is not None}
     model = {f"generator_{name}": value for name, value in asdict(loaded.model.config).items()}
-    return {"tokenizer": _short(tokenizer), **model, **{k: v for k, v in settings.items() if v is not None}}
+    return {"tokenizer": _short(tokenizer), **model, **sampling}
 
 
 def _samples(
-    config: EvaluateConfig, loaded: Loaded | None, tokenizer: Tokenizer, classes: list[int] | None, shown: list[Tensor]
+    config: EvaluateConfig,
+    loaded: Loaded | None,
+    settings: SampleConfig | None,
+    tokenizer: Tokenizer,
+    classes: list[int] | None,
+    shown: list[Tensor],
 ) -> Pixels:
     """Return the samples to judge, of the classes of the real images in turn; the first ones are put into `shown`."""
     if loaded is None:
         pixels = open_pixels(config.generator)
     else:
         labels = torch.tensor(classes or [0]).repeat(-(-config.samples // len(classes or [0])))[: config.samples]
-        seeds, settings = sample_seeds(config.seed, config.samples), _sampling(config, loaded)
+        seeds = sample_seeds(config.seed, config.samples)
 
         def sampled(size: int) -> Iterator[tuple[Tensor, Tensor]]:
             for start in range(0, config.samples, size):
@@ -359,8 +397,14 @@ def _shared(config: EvaluateConfig, tokenizer: str, generator: Path | None) -> l
     return notes
 
 
-def _record(found: Evaluation, folder: Path, originals: bool) -> None:
-    """Append the rows, the first of them with pictures."""
+def _record(found: Evaluation, folder: Path, shown: bool, originals: bool) -> None:
+    """Append the rows, the first of them with pictures where these are to be shown."""
+    if shown:
+        _keep_pictures(found, folder, originals)
+    rows_of.append(folder / "evaluate.jsonl", found.rows)
+
+
+def _keep_pictures(found: Evaluation, folder: Path, originals: bool) -> None:
     from torchvision.utils import save_image
 
     sheets = {"decoded": found.reconstructions} | ({"originals": found.images} if originals else {})
@@ -370,4 +414,3 @@ def _record(found: Evaluation, folder: Path, originals: bool) -> None:
         for images, path in zip(sheets.values(), pictures.values(), strict=True):
             save_image(images, path, nrow=SHOWN, normalize=True, value_range=(-1, 1), padding=1, pad_value=1)
         found.rows[0]["pictures"] = rows_of.keep_pictures(folder / "evaluate", pictures)
-    rows_of.append(folder / "evaluate.jsonl", found.rows)

@@ -9,7 +9,7 @@ from softvq_lib.evaluation.degradations import STRENGTHS, UNITS, Degraded
 from softvq_lib.evaluation.fidelity import FOR_FEW, INCEPTION, PROJECTION, Fidelity, fidelity
 from softvq_lib.evaluation.frechet import PROJECTIONS, Moments, bias_curve, grouped_distance, projection
 from softvq_lib.evaluation.reference import Statistics
-from softvq_lib.evaluation.statistics import mean_interval
+from softvq_lib.evaluation.statistics import Estimate, mean_interval
 
 KINDS = {"reconstructions": "r", "samples": "g"}  # what is judged, and the letter before FID or FD
 
@@ -71,6 +71,11 @@ class EvaluationRows:
         if bias:
             self.limits(run, about, kind, made.groups, real.groups, whole=False)
         return tuple(f"{run}: {note}" for note in found.notes)
+
+    def agreement(self, run: str, about: dict, found: Estimate, real: Estimate) -> None:
+        """Add a row of the share of samples whose class a judge names; that of real images is its ceiling."""
+        terms = {"real": real.value, "real_n": real.n}
+        self._add(run, about, metric="class_agreement", **found.row(), terms=terms)
 
     def limits(
         self, run: str, about: dict, kind: str, ours: list[Moments], theirs: list[Moments], whole: bool = True

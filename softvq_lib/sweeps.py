@@ -15,13 +15,14 @@ from softvq_lib.train import read_parameters
 
 # Where things lie and who computes them: no part of what an execution is.
 _PLACES = ("dataset", "runs", "results", "device", "workers", "run")
-# Of each experiment: which of its parameters name what an earlier stage of the arm made.
+# Of each experiment: which of its parameters names what an earlier stage of the arm made. A parameter that is given as
+# stages, separated by commas, stands for what these made: `linear_probing.model: train_tokenizer,train_generator`.
 _LINKS = {
     "distil_encoder": {},
     "train_tokenizer": {"encoder_start": "distil_encoder"},
     "train_generator": {"tokenizer": "train_tokenizer"},
     "evaluate": {"tokenizer": "train_tokenizer", "generator": "train_generator"},
-    "linear_probing": {"model": ("train_tokenizer", "train_generator")},
+    "linear_probing": {"model": "train_tokenizer"},
     "latent_space": {"tokenizer": "train_tokenizer"},
 }
 TRAINING = ("distil_encoder", "train_tokenizer", "train_generator")
@@ -175,9 +176,8 @@ def _cells(name: str, stages: Mapping[str, dict[str, object]], known: dict[str, 
     for experiment, parameters in stages.items():
         links: dict[str, object] = {}
         needs: list[Cell] = []
-        for parameter, sources in _LINKS[experiment].items():
-            sources = (sources,) if isinstance(sources, str) else sources
-            there = [made[source] for source in sources if source in made]
+        for parameter, source in _LINKS[experiment].items():
+            there = [made[stage] for stage in str(parameters.get(parameter) or source).split(",") if stage in made]
             if there:
                 links[parameter] = ",".join(cell.run for cell in there)
                 needs += there

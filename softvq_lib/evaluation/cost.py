@@ -37,14 +37,13 @@ def _plain_vit(tokenizer, half: str, batch_size: int):
     import timm
     import torch
 
-    from softvq_lib.tokenizers import PRESETS
-
-    config, row = tokenizer.config, PRESETS[tokenizer.config.preset]
+    config = tokenizer.config
+    name, overrides = getattr(config, f"{half}_network")
     across = config.image_size // config.patch_size
     total = across**2 + config.tokens
     width = next(w for w in range(across, 0, -1) if total % w == 0)
     size = (total // width * config.patch_size, width * config.patch_size)
-    vit = timm.create_model(row[half], img_size=size, patch_size=config.patch_size, num_classes=0, **row["overrides"])
+    vit = timm.create_model(name, img_size=size, patch_size=config.patch_size, num_classes=0, **overrides)
     return vit.eval(), torch.rand(batch_size, 3, *size)
 
 

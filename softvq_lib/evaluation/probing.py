@@ -156,13 +156,10 @@ def probe(
     answers = torch.searchsorted(known, validation[1])
     part = _split(labels.numpy(), seed)
     options = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
-    x, y = _centred(train[0], train[0]).to(device), labels.to(device)
-    fitted, held_out = (torch.from_numpy(rows).to(device) for rows in part)
-    trials = train_probes(x[fitted], y[fitted], len(known), SETTINGS, **options)
-    scores = [_right(trial, x[held_out], y[held_out]).float().mean().item() for trial in trials]
-    chosen = SETTINGS[int(np.argmax(scores))]
-    (final,) = train_probes(x, y, len(known), [chosen], **options)
-    right = _right(final, _centred(validation[0], train[0]).to(device), answers.to(device)).cpu()
+    mean, scale = centring(train[0])
+    x, y = ((train[0] - mean) / scale).to(device), labels.to(device)
+    final, chosen = choose_probe(x, y, len(known), **options)
+    right = _right(final, ((validation[0] - mean) / scale).to(device), answers.to(device)).cpu()
     c, check = _logistic((train[0].numpy(), labels.numpy()), (validation[0].numpy(), answers.numpy()), part)
     by_class = [right[answers == label].float().mean().item() for label in range(len(known))]
     return Probed(
@@ -178,13 +175,35 @@ def probe(
     )
 
 
-def _centred(x: Tensor, train: Tensor) -> Tensor:
-    """Bring features to size one by one number for all, so that the epsilon of the normalisation is small beside them.
+def choose_probe(
+    x: Tensor, y: Tensor, classes: int, *, epochs: int = 30, batch_size: int = 128, seed: int = 0
+) -> tuple[LinearProbe, tuple[float, float]]:
+    """Choose from `SETTINGS` on a fifth of the images (n, f), with labels (n,) from 0, and train on all of them.
 
-    An untrained tokenizer's hardly differ between images, but a linear layer reads them all the same.
+    Returns:
+        The probe and its (lr, weight decay).
+
+    Raises:
+        ValueError: for too few images to choose on.
+    """
+    options = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
+    fitted, held_out = (torch.from_numpy(rows).to(x.device) for rows in _split(y.cpu().numpy(), seed))
+    trials = train_probes(x[fitted], y[fitted], classes, SETTINGS, **options)
+    scores = [_right(trial, x[held_out], y[held_out]).float().mean().item() for trial in trials]
+    chosen = SETTINGS[int(np.argmax(scores))]
+    (final,) = train_probes(x, y, classes, [chosen], **options)
+    return final, chosen
+
+
+def centring(train: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a mean (f,) and one scale () that bring features (n, f) to size one.
+
+    So the epsilon of the normalisation is small beside them: an untrained tokenizer's hardly differ between images, but
+    a linear layer reads them all the same.
     """
     mean = train.mean(0)
-    return (x - mean) / ((train - mean).square().mean().sqrt() or 1.0)
+    scale = (train - mean).square().mean().sqrt()
+    return mean, scale if scale else torch.ones_like(scale)
 
 
 def _right(trained: LinearProbe, x: Tensor, y: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ class scores are all that is kept.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from zipfile import ZipFile, ZipInfo
@@ -124,6 +124,7 @@ def image_statistics(
     batch_size: int = 64,
     device: torch.device | str = "cpu",
     progress: bool = True,
+    seen_by: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Statistics:
     """Extract features of images, batch by batch, and return their statistics.
 
@@ -134,6 +135,7 @@ def image_statistics(
         batch_size: Images that the extractor sees at once.
         device: Where it runs.
         progress: Show a progress bar.
+        seen_by: Is shown the features (b, c) and labels (b,) of each batch that has labels.
 
     Raises:
         ValueError: for what `open_pixels` and `build_extractor` refuse; for images of different sizes, no images, or
@@ -166,6 +168,8 @@ def image_statistics(
                 groups = [Moments(features.shape[1]) for _ in range(GROUPS)]
                 scores = None if logits is None else Scores(logits.shape[1])
             sample.update(features)
+            if seen_by is not None and labels is not None:
+                seen_by(features, labels)
             if scores is not None:
                 scores.update(logits, torch.from_numpy(groups_of(seen, len(batch), SPLITS)))
             waiting.append(features)

@@ -18,6 +18,21 @@ def _small(width: int, depth: int, heads: int) -> dict:
 # The paper's sizes carry 4 codebooks of 8192 (the release's setting); tokens x dim = 2048 (Tab. 3).
 # patch: (largest side in pixels, least patches across), from which the default patch size follows.
 _FULL = {"image_size": 256, "patch": (16, 8), "dim": None, "codebook_size": 8192, "codebooks": 4, "overrides": {}}
+
+
+def _mini(encoder: tuple[int, int, int], decoder: tuple[int, int, int]) -> dict:
+    small = {"encoder": _DINOV2.format("small"), "decoder": _DINOV2.format("small")}
+    nets = {"overrides": _small(*encoder), "decoder_overrides": _small(*decoder)}
+    return {**small, **nets, "image_size": 32, "patch": (8, 4), "dim": 16, "codebook_size": 1024, "codebooks": 1}
+
+
+# Width, depth and heads of encoder and decoder: four sizes that differ as S, B, BL and L do; `mini` stands for B.
+_MINI = {
+    "": ((160, 4, 5), (160, 4, 5)),
+    "-s": ((96, 3, 3), (96, 3, 3)),
+    "-bl": ((160, 4, 5), (224, 6, 7)),
+    "-l": ((224, 6, 7), (224, 6, 7)),
+}
 PRESETS: dict[str, dict] = {
     "tiny": {
         "encoder": _DINOV2.format("small"),
@@ -29,16 +44,7 @@ PRESETS: dict[str, dict] = {
         "codebook_size": 256,
         "codebooks": 1,
     },
-    "mini": {
-        "encoder": _DINOV2.format("small"),
-        "decoder": _DINOV2.format("small"),
-        "overrides": _small(160, 4, 5),
-        "image_size": 32,
-        "patch": (8, 4),
-        "dim": 16,
-        "codebook_size": 1024,
-        "codebooks": 1,
-    },
+    **{f"mini{size}": _mini(*nets) for size, nets in _MINI.items()},
     "s": {"encoder": _DINOV2.format("small"), "decoder": _DINOV2.format("small"), **_FULL},
     "b": {"encoder": _DINOV2.format("base"), "decoder": _DINOV2.format("base"), **_FULL},
     "bl": {"encoder": _DINOV2.format("base"), "decoder": _DINOV2.format("large"), **_FULL},
@@ -155,6 +161,12 @@ class TokenizerConfig:
         if self.encoder is None:
             return row["encoder"], row["overrides"]
         return ENCODERS.get(self.encoder, self.encoder), {}
+
+    @property
+    def decoder_network(self) -> tuple[str, dict]:
+        """Timm name of the decoder's network, and what differs from the named architecture."""
+        row = PRESETS[self.preset]
+        return row["decoder"], row.get("decoder_overrides", row["overrides"])
 
     def resolved(self) -> "TokenizerConfig":
         """Return the configuration with every None filled in, but for `encoder`.

@@ -12,7 +12,7 @@ from softvq_lib.draws import Draws
 from softvq_lib.tokenizers import loading
 from softvq_lib.tokenizers.assemble import build_quantizer
 from softvq_lib.tokenizers.card import card
-from softvq_lib.tokenizers.presets import PRESETS, TokenizerConfig
+from softvq_lib.tokenizers.presets import TokenizerConfig
 from softvq_lib.tokenizers.quantizer import Quantizer
 from softvq_lib.tokenizers.vit import Decoder, Encoder
 
@@ -77,14 +77,14 @@ class Tokenizer(
     def __init__(self, config: TokenizerConfig):
         super().__init__()
         config = config.resolved()
-        row = PRESETS[config.preset]
         self.config = config
         # What save_pretrained writes: nothing left to defaults, and no download when it is loaded again.
         self._hub_mixin_config = replace(config, pretrained=False)
         shape = (config.image_size, config.patch_size, config.tokens)
         network, overrides = config.encoder_network
         self.encoder = Encoder(network, *shape, overrides, pretrained=config.pretrained)
-        self.decoder = Decoder(row["decoder"], *shape, row["overrides"])
+        network, overrides = config.decoder_network
+        self.decoder = Decoder(network, *shape, overrides)
         self.from_latent = nn.Linear(config.dim, self.decoder.width)
         self.to_latent = nn.Linear(self.encoder.width, config.hat_dim)
         # Last, so that one seed gives all quantizers the same trunk to start from.

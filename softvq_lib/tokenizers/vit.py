@@ -82,6 +82,12 @@ def _run(vit: nn.Module, patches: Tensor, latents: Tensor) -> Tensor:
     return vit.fc_norm(vit.norm(x))  # which of the two is there depends on the network
 
 
+def patch_outputs(vit: nn.Module, images: Tensor) -> Tensor:
+    """Run a transformer on images (b, 3, height, width) without latent tokens; outputs of the n patches, (b, n, c)."""
+    patches = vit.patch_embed(images)  # (b, n, c)
+    return _run(vit, patches, patches[:, :0])[:, vit.num_prefix_tokens :]  # (b, n, c)
+
+
 def _positions(tokens: int, width: int) -> nn.Parameter:
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, tokens, width), std=0.02))
 
