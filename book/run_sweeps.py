@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +27,9 @@ sys.path.insert(0, str(ROOT))  # from a checkout that is not installed
 
 import yaml  # noqa: E402
 
+from softvq_lib.again import compare, table  # noqa: E402
+from softvq_lib.arms import measured  # noqa: E402
+from softvq_lib.config import nearest  # noqa: E402
 from softvq_lib.sweeps import LEDGER, TRAINING, Arm, Cell, executed, read_plan  # noqa: E402
 from softvq_lib.training.run import now, provenance, runs_folder  # noqa: E402
 
@@ -129,10 +133,7 @@ class Runner:
             "dirty": self.origin["dirty"],
             "code": self.origin["code"],
         }
-        self.results.mkdir(parents=True, exist_ok=True)
-        with open(self.results / LEDGER, "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.write(json.dumps(entry, sort_keys=True) + "\n")
+        append_line(self.results / LEDGER, entry)
         self.done[cell.fingerprint] = entry
 
     def stop(self) -> None:
@@ -215,6 +216,33 @@ def execute(runner: Runner, arms: Sequence[Arm], jobs: int) -> list[str]:
     return failures
 
 
+def rerun(arm: Arm, plan: Sequence[Arm], results: Path, runs: Path, given: dict[str, object], threads: int) -> int:
+    """Execute an arm in folders of its own, compare it with what is recorded, and record that; return 1 on a surprise.
+
+    A rerun that was interrupted goes on; one that is finished is compared again.
+    """
+    runner = Runner(runs / "results", runs, given, threads)
+    failures = execute(runner, [arm], 1)
+    if failures:
+        print(*failures, sep="\n", file=sys.stderr)
+        return 1
+    (apart,) = measured([arm], runs / "results")
+    found = compare(measured(plan, results), apart)
+    print(table(found))
+    entry = {"arm": arm.name, "sweep": arm.sweep, "threads": threads, "ended": now(), "commit": runner.origin["commit"]}
+    entry |= {"packages": runner.origin["packages"], "metrics": [asdict(one) for one in found]}
+    append_line(results / "again.jsonl", entry)
+    return int(any(one.inside is False for one in found))
+
+
+def append_line(path: Path, entry: dict[str, object]) -> None:
+    """Append an entry to a file of JSON lines that other processes append to as well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(json.dumps(entry, sort_keys=True) + "\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line and execute, or list, what is missing."""
     parser = argparse.ArgumentParser(prog="python book/run_sweeps.py", description=__doc__.splitlines()[0])
@@ -227,6 +255,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--part", default="1/1", metavar="I/N", help="the I-th of N parts of the arms")
     parser.add_argument("--jobs", type=int, default=1, help="executions at a time (default 1)")
     parser.add_argument("--threads", type=int, help="threads of each (default: cores / jobs)")
+    parser.add_argument(
+        "--again", metavar="ARM", help="run this arm once more, apart, and hold it against what is recorded of it"
+    )
     parser.add_argument("--list", action="store_true", help="show arms and what is missing of each; run nothing")
     asked = parser.parse_args(arguments)
     try:
@@ -235,12 +266,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError("give sweep files, or a folder of them, and at least one job and thread.")
         scale = asked.sweeps[0] if asked.sweeps[0].is_dir() else asked.sweeps[0].parent
         results = (asked.results or NOTEBOOKS / "results" / scale.resolve().name).resolve()
-        arms = chosen(read_plan(files, ROOT), asked)
+        plan = read_plan(files, ROOT)
+        arms = chosen(plan, asked)
+        again = next((arm for arm in plan if arm.name == asked.again), None)
+        if asked.again and again is None:
+            raise ValueError(
+                f"--again {asked.again}: no arm{nearest(asked.again, [a.name for a in plan])} --list has all."
+            )
     except ValueError as error:
         sys.exit(f"error: {error}")
     runs = runs_folder(str(asked.runs) if asked.runs else None)
     given = {"dataset": str(Path(asked.dataset).expanduser().absolute())} if asked.dataset else {}
-    runner = Runner(results, runs, given, asked.threads or max(1, (os.cpu_count() or 1) // asked.jobs))
+    threads = asked.threads or max(1, (os.cpu_count() or 1) // asked.jobs)
+    if again:
+        sys.exit(rerun(again, plan, results, runs / ".again" / again.name, given, threads))
+    runner = Runner(results, runs, given, threads)
     if asked.list:
         for arm in arms:
             missing = ", ".join(cell.experiment for cell in runner.missing(arm.cells)) or "nothing"

@@ -1,6 +1,11 @@
 """Tables in Markdown, from results rows and nothing else."""
 
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
 from softvq_lib.style import QUANTIZER_NAMES
+from softvq_lib.weights import sha256
 
 
 def quantizer_label(config: dict) -> str:
@@ -216,22 +221,47 @@ def trace_cost(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+_NAMED = ("torch", "timm", "numpy")  # packages whose versions are shown
+_MOST = 3  # commits, code hashes and versions that are named each; of more their number is
+
+
 def provenance(rows: list[dict]) -> str:
-    """One sentence on where rows come from: commits, devices, versions, dates, data."""
-
-    def all_of(name: str) -> str:
-        return ", ".join(sorted({str(row[name]) for row in rows}))
-
+    """One sentence on where rows come from: commits, code, devices, versions, dates, data; short for many rows."""
     if not rows:
         return "*No rows have been recorded.*"
-    torch = ", ".join(sorted({row["packages"]["torch"] for row in rows}))
-    commits = ", ".join(sorted({str(row["commit"])[:9] + ("+" if row["dirty"] else "") for row in rows}))
-    days = ", ".join(sorted({row["date"][:10] for row in rows}))
-    data = ", ".join(sorted({f"{row['data']} {row['data_fingerprint'][:12]}".strip() for row in rows}))
-    return (
-        f"*Provenance: {len(rows)} measured rows; commit {commits} (+: with changes since); {all_of('device')}; "
-        f"{all_of('precision')}; torch {torch}; {days}; data {data}.*"
-    )
+
+    def few(values: Iterable[str]) -> str:
+        count = Counter(values)
+        named = sorted(sorted(count), key=lambda value: -count[value])[:_MOST]
+        more = len(count) - len(named)
+        return ", ".join(sorted(named)) + (f" and {more} more" if more else "")
+
+    commits = few(str(row["commit"])[:9] + ("+" if row["dirty"] else "") for row in rows)
+    days = sorted({row["date"][:10] for row in rows})
+    packages = [name for name in _NAMED if any(name in row["packages"] for row in rows)]
+    versions = ", ".join(f"{n} {few(row['packages'].get(n, '?') for row in rows)}" for n in packages)
+    said = [
+        f"{len(rows)} measured row{'s' * (len(rows) > 1)}",
+        f"commit {commits} (+: with changes since), code {few(row['code'][:9] for row in rows)}",
+        few(row["device"] for row in rows),
+        few(row["precision"] for row in rows),
+        f"Python {few(row['python'] for row in rows)}, {versions}",
+        " to ".join(dict.fromkeys((days[0], days[-1]))),
+        "data " + few(f"{row['data']} {row['data_fingerprint'][:12]}".strip() for row in rows),
+    ]
+    return f"*Provenance: {'; '.join(said)}.*"
+
+
+def derived_provenance(paths: Iterable[Path], by: Iterable[Callable] = ()) -> str:
+    """One sentence on what was computed and not measured: the files that were read, and the functions that did it.
+
+    Args:
+        paths: Files; the first digits of their sha256 are shown.
+        by: Functions that the numbers come from.
+    """
+    files = ", ".join(f"{path.name} (sha256 {sha256(path)[:12]})" for path in map(Path, paths))
+    functions = ", ".join(f"`{function.__module__}.{function.__qualname__}`" for function in by)
+    return f"*Provenance: derived, nothing was measured; from {files}{f'; by {functions}' if functions else ''}.*"
 
 
 def parameter_counts(paper: list[dict]) -> str:

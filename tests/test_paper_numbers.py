@@ -104,7 +104,8 @@ def test_the_sample_is_large():
 
 def test_the_text_has_its_numbers():
     text = {key: value for key, value in VALUES.items() if key[0] not in TABLES}
-    assert Counter(place for place, _, _ in text) == {"Sec. 1": 4, "Sec. 4.1": 10, "Sec. 4.2": 11, "Sec. 4.3": 1}
+    counts = {"Sec. 1": 4, "Sec. 3.2": 1, "Sec. 4.1": 17, "Sec. 4.2": 12, "Sec. 4.3": 1}
+    assert Counter(place for place, _, _ in text) == counts
     assert [
         VALUES["Sec. 1", f"{n} px", "speed-up"] for n in ("32 tokens, 256", "64 tokens, 256", "64 tokens, 512")
     ] == [
@@ -117,6 +118,9 @@ def test_the_text_has_its_numbers():
     assert VALUES["Sec. 4.2", "SiT-XL, KL, 400K steps", "training"] == 72
     assert VALUES["Sec. 4.2", "SiT-XL, SoftVQ, 400K steps", "training"] == 20
     assert VALUES["Sec. 4.2", "SoftVQ, 512 px, lowest", "rfid"] == 0.64
+    assert VALUES["Sec. 3.2", "τ of Eq. 4", "temperature"] == 0.07
+    weights = [VALUES["Sec. 4.1", f"λ{n}", "loss_weight"] for n in ("1, first", "1, second", "3", "4")]
+    assert weights == [1.0, 0.2, 0.1, 0.01]
 
 
 def test_the_file_has_one_line_a_number_in_the_order_of_places():

@@ -24,7 +24,8 @@ def parameter_table(paper_rows: list[dict]) -> list[dict]:
         One entry a row with `what`, `tokens`, `dim`, `ours` (None where the package that builds it is missing),
         `ours_with_unused` (with the patch embedding that the released decoder carries and never uses; None where
         there is no such part), `paper` in millions, `place` in the paper, and a `note` on what is counted. After
-        each TiTok row another one: the same latents on our trunk, for which the paper has no number.
+        each TiTok row another one: the same latents on our trunk, for which the paper has no number. Rows of a
+        preset in Tab. 3 have `in_tab_3` too: the count that gives the printed number.
 
     Raises:
         ValueError: for a row that names neither a preset nor a known model.
@@ -36,9 +37,9 @@ def parameter_table(paper_rows: list[dict]) -> list[dict]:
         known = {"place": row["place"], "paper": row["value"]}
         if "preset" in row:
             counted = _ours(row["preset"], row.get("quantizer", "softvq"), row.get("tokens", 64), row.get("dim"))
-            tab_3 = counted.pop("tab_3")
+            tab_3, single = counted.pop("tab_3"), counted.pop("in_tab_3")
             if row["metric"] == "tokenizer_parameters":
-                counted["note"] += f"; {tab_3}"
+                counted |= {"note": f"{counted['note']}; {tab_3}", "in_tab_3": single}
             table.append({"what": row["what"], **counted, **known})
             continue
         if row.get("model") not in MODELS:
@@ -54,7 +55,7 @@ def parameter_table(paper_rows: list[dict]) -> list[dict]:
         table.append({"what": row["what"], **shape, "ours": ours, "ours_with_unused": None, **known, "note": note})
         if row["model"].startswith("titok-bl-"):
             counted = _ours("bl", row["model"].removeprefix("titok-bl-"), **shape)
-            del counted["tab_3"]
+            del counted["tab_3"], counted["in_tab_3"]
             table.append({"what": f"{row['what']}, our trunk", **counted, "place": row["place"], "paper": None})
     return table
 
@@ -83,6 +84,7 @@ def _ours(preset: str, quantizer: str, tokens: int, dim: int | None) -> dict:
         "ours": count,
         "ours_with_unused": with_unused,
         "note": note,
+        "in_tab_3": single,
         "tab_3": f"with {parts} and unused parts {single / 1e6:.2f} M",
     }
 
