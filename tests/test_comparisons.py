@@ -133,6 +133,8 @@ def test_equivalence_is_seldom_wrong(paired):
 def test_power_against_simulation_and_tables():
     assert pairs_needed(0.5, 1) == 34 and pairs_needed(0.5, 1, alternative="greater") == 27  # tables of d = 0.5
     assert paired_power(0.5, 1, 33) < 0.8 <= paired_power(0.5, 1, 34)
+    # An effect so large that scipy gives nan for the far side.
+    assert paired_power(2.5, 1, 12, alpha=0.0125) == pytest.approx(1, abs=1e-5) and pairs_needed(6, 1) == 3
     for alternative, sign in (("two-sided", 1), ("greater", 1), ("less", -1)):
         runs = np.random.default_rng(0).normal(sign * 0.8, 1, size=(4000, 8))
         rejected = np.mean(stats.ttest_1samp(runs, 0, axis=1, alternative=alternative).pvalue <= 0.05)

@@ -80,7 +80,9 @@ def _power(effect: float, pairs: int, alpha: float, alternative: str) -> float:
     two = alternative == "two-sided"
     degrees, shift = pairs - 1, effect * pairs**0.5
     bar = stats.t.isf(alpha / 2 if two else alpha, degrees)
-    return float(stats.nct.sf(bar, degrees, shift) + (stats.nct.cdf(-bar, degrees, shift) if two else 0.0))
+    # The far side is too small for scipy where the shift is large: there it is nan instead of 0.
+    other_side = float(np.nan_to_num(stats.nct.cdf(-bar, degrees, shift))) if two else 0.0
+    return float(stats.nct.sf(bar, degrees, shift)) + other_side
 
 
 def _check(effect: float, sd: float, alpha: float, alternative: str) -> None:
