@@ -125,6 +125,28 @@ def test_what_is_recorded_is_what_the_library_measures(recorded, runs):
         assert ours[name]["value"] == pytest.approx(same[name].value, rel=1e-3)
 
 
+def test_samples_are_judged_again_with_guidance_and_their_classes_by_a_head(runs, tmp_path, monkeypatch):
+    made, sample_images = [], EXPERIMENT.sample_images
+
+    def watched(loaded, tokenizer, labels, seeds, settings, **options):
+        made.append((settings.guidance_scale, list(seeds)))
+        return sample_images(loaded, tokenizer, labels, seeds, settings, **options)
+
+    monkeypatch.setattr(EXPERIMENT, "sample_images", watched)
+    quick = {"limit": 20, "samples": 20, "runs": str(runs), "perceptual": "none", "bias": False}
+    asked = quick | {"generator": "theirs", "guided": 3.0, "judge": 200}
+    found = evaluate(**asked, results=str(tmp_path / "rows"), pictures=False)
+    plain, guided = (named(found.rows, run) for run in ("theirs", "theirs, guided 3"))
+    assert set(plain) == set(guided) and "class_agreement" in plain
+    assert plain["class_agreement"]["config"]["sampling_guidance_scale"] == 1
+    assert guided["class_agreement"]["config"]["sampling_guidance_scale"] == 3
+    assert [scale for scale, _ in made] == [1, 3] and made[0][1] == made[1][1]  # from the same noise
+    terms = plain["class_agreement"]["terms"]
+    # The head names real digits by their coarse shape, and an untrained generator's samples by chance.
+    assert terms["real_n"] == 20 and terms["real"] > plain["class_agreement"]["high"]
+    assert not (tmp_path / "rows" / "evaluate").exists() and "pictures" not in found.rows[0]
+
+
 def test_unchanged_images_are_at_every_limit():
     few = EXPERIMENT._First(open_dataset(DataConfig(), 32).validation, 100)
     images = open_pixels(few, image_size=32)

@@ -11,12 +11,14 @@ import pytest
 from softvq_lib import ROOT, figures, results, tables, train_tokenizer
 from softvq_lib.config import fields_of
 from softvq_lib.costs import EfficiencyConfig, efficiency
+from softvq_lib.distilling import DISTIL_EXPERIMENT
 from softvq_lib.evaluate import EvaluateConfig
 from softvq_lib.experiments import TOKENIZER_EXPERIMENT, parameters
 from softvq_lib.generation import GENERATOR_EXPERIMENT
 from softvq_lib.latent_space import LatentSpaceConfig
 from softvq_lib.linear_probing import ProbeConfig
 from softvq_lib.sampling import SampleExperimentConfig
+from softvq_lib.training import distillation
 from softvq_lib.training.generator import DEFAULTS
 
 NOTEBOOK = ROOT / "book" / "train_tokenizer.ipynb"
@@ -28,6 +30,7 @@ QUICK = {"tokens": 4, "steps": 12, "batch_size": 8, "limit": 64, "val_images": 4
     [
         ("train_tokenizer", TOKENIZER_EXPERIMENT, {}),
         ("train_generator", GENERATOR_EXPERIMENT, DEFAULTS),
+        ("distil_encoder", DISTIL_EXPERIMENT, distillation.DEFAULTS),
         ("sample", (SampleExperimentConfig,), {}),
         ("evaluate", (EvaluateConfig,), {}),
         ("linear_probing", (ProbeConfig,), {}),

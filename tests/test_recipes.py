@@ -85,7 +85,7 @@ TRAINED = {
 @cache
 def configs(name: str) -> tuple:
     """The four configurations of a file, resolved."""
-    tokenizer, data, loss, settings = strictly.split(read_parameters(FILES[name]), *CONFIGS)
+    tokenizer, data, loss, settings, _ = strictly.split(read_parameters(FILES[name]), *CONFIGS)
     tokenizer = tokenizer.resolved()
     return tokenizer, data, loss.resolved(tokenizer.quantizer), settings
 
@@ -306,7 +306,7 @@ def test_a_step_of_the_smallest_recipe(tmp_path):
 
 @pytest.mark.parametrize("path", OBJECTIVES, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
 def test_the_small_recipes_have_all_terms_on_nets_that_need_no_network(path):
-    tokenizer, _, loss, settings = strictly.split(read_parameters(path), *CONFIGS)
+    tokenizer, _, loss, settings, _ = strictly.split(read_parameters(path), *CONFIGS)
     tokenizer = tokenizer.resolved()
     assert {loss.perceptual, loss.alignment} <= set(PACKAGED) - {"efflite0"}  # which is kept for scoring
     assert loss.adversarial == "patch"
