@@ -24,6 +24,7 @@ _PUBLIC = {
     "load_generator": "softvq_lib.generators.loading",
     "train_tokenizer": "softvq_lib.experiments",
     "train_generator": "softvq_lib.generation",
+    "distil_encoder": "softvq_lib.distilling",
     "sample_generator": "softvq_lib.sampling",
     "efficiency": "softvq_lib.costs",
     "parameters": "softvq_lib.experiments",

@@ -37,7 +37,7 @@ from softvq_lib.generators.sampling import SampleConfig
 from softvq_lib.losses.perceptual import PERCEPTUAL, build_perceptual
 from softvq_lib.sampling import find_generator, sample_images
 from softvq_lib.tokenizers import Tokenizer
-from softvq_lib.training.engine import choose_device, device_name
+from softvq_lib.training.engine import choose_device, choose_precision, device_name
 from softvq_lib.training.generator import find_tokenizer
 from softvq_lib.training.run import runs_folder
 from softvq_lib.training.tokenizer import train
@@ -71,6 +71,7 @@ class EvaluateConfig:
         samples: Images generated.
         guidance_scale: Classifier-free guidance of these samples. None: as the generator's authors sample.
         guidance_high: SiT, DiT: greatest noise level that is guided. None: alike.
+        precision: Of sampling, as in `TrainConfig`; everything else is computed in float32.
         guided: Generate as many images again with this guidance, from the same noise, and judge them too; `samples` are
             then those of `guidance_scale`, by default without guidance. None: once.
         judge: Training images from which a linear head on the extractor's features learns the classes; it then says
@@ -99,6 +100,7 @@ class EvaluateConfig:
     samples: int = 256
     guidance_scale: float | None = None
     guidance_high: float | None = None
+    precision: str = "fp32"
     guided: float | None = None
     judge: int = 0
     degradations: int = 0
@@ -115,6 +117,7 @@ class EvaluateConfig:
         one_of("extractor", self.extractor, EXTRACTORS)
         one_of("perceptual", self.perceptual, (*PERCEPTUAL, "none"))
         one_of("convention", self.convention, CONVENTIONS)
+        one_of("precision", self.precision, ("auto", "bf16", "fp32"))
         for name in ("limit", "samples"):
             at_least(name, getattr(self, name), 10)
         for name in ("degradations", "judge", "guided"):
@@ -223,6 +226,7 @@ def evaluate(**values: object) -> Evaluation:
         settings = _sampling(config, loaded, scale)
         samples = _samples(config, loaded, settings, tokenizer, real.facts["classes"], shown)
         about = {"judged": "samples", "generator": _short(config.generator), **_how(settings, loaded, name)}
+        about |= {"sampling_precision": config.precision} if loaded else {}
         made = image_statistics(samples, extractor, seen_by=seen_by, **options)
         found.notes += rows.of_all(run, about, made, real, config.bias)
         if judge:
@@ -337,12 +341,15 @@ def _samples(
     else:
         labels = torch.tensor(classes or [0]).repeat(-(-config.samples // len(classes or [0])))[: config.samples]
         seeds = sample_seeds(config.seed, config.samples)
+        device = next(loaded.model.parameters()).device
+        dtype = choose_precision(config.precision, device)
 
         def sampled(size: int) -> Iterator[tuple[Tensor, Tensor]]:
             for start in range(0, config.samples, size):
                 part = slice(start, start + size)
-                images = sample_images(loaded, tokenizer, labels[part], seeds[part], settings, batch_size=size)
-                yield to_bytes(images, config.convention, start, "samples"), labels[part]
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    images = sample_images(loaded, tokenizer, labels[part], seeds[part], settings, batch_size=size)
+                yield to_bytes(images.float(), config.convention, start, "samples"), labels[part]
 
         size = (tokenizer.config.image_size,) * 2
         what = f"samples of {_short(config.generator)}"

@@ -125,7 +125,7 @@ def train_tokenizer(**values: object) -> TokenizerExperiment | None:
         ValueError: for a parameter that is unknown (the nearest is named) or out of range, and for data or folders
             that cannot be used; nothing is trained or changed then.
     """
-    _, data_config, _, settings, baseline, record = strictly.split(values, *TOKENIZER_EXPERIMENT)
+    _, data_config, _, settings, _, baseline, record = strictly.split(values, *TOKENIZER_EXPERIMENT)
     mine = {**strictly.fields_of(BaselineConfig), **strictly.fields_of(RecordConfig)}
     run = train(**{name: value for name, value in values.items() if name not in mine})
     if rank():

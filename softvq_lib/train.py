@@ -16,10 +16,15 @@ from softvq_lib.config import one_of
 
 def experiments() -> dict:
     """The experiments that train, by the name of the folder that their parameter files lie in."""
+    from softvq_lib.distilling import distil_encoder
     from softvq_lib.experiments import train_tokenizer
     from softvq_lib.generation import train_generator
 
-    return {"train_tokenizer": train_tokenizer, "train_generator": train_generator}
+    return {
+        "train_tokenizer": train_tokenizer,
+        "train_generator": train_generator,
+        "distil_encoder": distil_encoder,
+    }
 
 
 def read_parameters(path: Path, given: Sequence[tuple[str, str]] = ()) -> dict[str, object]:

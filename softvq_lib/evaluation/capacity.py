@@ -52,7 +52,7 @@ def capacity_plan(
         raise ValueError(f"utilisation={utilisation!r} is a share: give a number up to 1.")
     rows = []
     for name, values in recipes.items():
-        tokenizer, _, loss, train = split(values, *CONFIGS)
+        tokenizer, _, loss, train, _ = split(values, *CONFIGS)
         tokenizer = replace(tokenizer, pretrained=False).resolved()
         flops = step_flops(tokenizer, loss)
         # Until the discriminator starts, its two parts cost nothing.

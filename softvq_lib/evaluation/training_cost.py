@@ -170,7 +170,7 @@ def write_pictures(folder: Path, image_size: int, count: int = PICTURES) -> Path
 
 def build_trainer(parameters: dict[str, object], data: DataSplits) -> TokenizerTrainer:
     """Build the trainer that parameters describe, without a run on the disk."""
-    tokenizer_config, data_config, loss_config, settings = strictly.split(parameters, *CONFIGS)
+    tokenizer_config, data_config, loss_config, settings, _ = strictly.split(parameters, *CONFIGS)
     tokenizer_config = tokenizer_config.resolved()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)

@@ -30,6 +30,7 @@ _SETTINGS_OF = {
         "alignment_rule",
         "alignment_random",
         "alignment_width",
+        "alignment_cached",
     ),
 }
 
@@ -66,6 +67,8 @@ class LossConfig:
             fits, or `permuted`, a control: patches drawn at random, once and for all.
         alignment_random: A control: the teacher has random weights.
         alignment_width: Hidden width of the projector.
+        alignment_cached: The teacher's features of the training images are computed once for all runs, and rounded to
+            float16. For images that come unchanged every time: no `flip`, `crop` 1.
         dry_run: The nets of all these terms get random weights: tries a configuration where the weights cannot be had.
             Its scores mean nothing.
         kl_weight: lambda_4, of the quantizer's KL term. May be negative, to test its sign. None: 1e-6 for `kl`, 0.01
@@ -92,6 +95,7 @@ class LossConfig:
     alignment_rule: str = "auto"
     alignment_random: bool = False
     alignment_width: int = 1024
+    alignment_cached: bool = False
     dry_run: bool = False
     kl_weight: float | None = None
     codebook_weight: float = 1.0
@@ -124,8 +128,9 @@ class LossConfig:
             if values[term] == "none":
                 for name in (term, *settings):
                     del values[name]
-        if not self.dry_run:
-            del values["dry_run"]
+        for name in ("dry_run", "alignment_cached"):
+            if not getattr(self, name):
+                values.pop(name, None)
         return values
 
 

@@ -27,6 +27,7 @@ from softvq_lib.training.config import TrainConfig
 from softvq_lib.training.files import check_writable, write_whole
 from softvq_lib.training.latents import encode_dataset
 from softvq_lib.training.run import Run, open_run, runs_folder, slug
+from softvq_lib.training.teacher import TeacherTokens, check_unchanging, teacher_tokens
 from softvq_lib.training.tokenizer import train as train_tokenizer
 from softvq_lib.training.trainer import Trainer
 
@@ -44,12 +45,15 @@ class LatentConfig:
         normalise: By the mean and standard deviation of all latents (`scalar`, as the release does), or of each
             channel.
         align_teacher: Teacher of REPA, see `softvq_lib.features`; needs align_block.
+        align_cached: Its features of the training images are computed once for all runs, and rounded to float16. Not
+            with `flip`.
     """
 
     tokenizer: str | None = None
     latents: str | None = None
     normalise: str = "scalar"
     align_teacher: str | None = None
+    align_cached: bool = False
 
     def __post_init__(self):
         one_of("normalise", self.normalise, NORMALISE)
@@ -115,6 +119,9 @@ def train_generator(**parameters: object) -> Run:
     engine.choose_device(settings.device)
     if data_config.crop != 1:
         raise ValueError(f"crop={data_config.crop} has no meaning for latents, which are encoded once: leave it at 1.")
+    cached = latent.align_teacher is not None and latent.align_cached
+    if cached:
+        check_unchanging("align_cached", data_config)
     if latent.tokenizer is None:
         found = {name: getattr(data_config, name) for name in ("image_column", "label_column", "workers", "streaming")}
         made = train_tokenizer(dataset=data_config.dataset, runs=settings.runs, device=settings.device, **found)
@@ -143,6 +150,7 @@ def train_generator(**parameters: object) -> Run:
         "tokenizer": tokenizer_hash(tokenizer),
         "normalise": latent.normalise,
         **({"align_teacher": latent.align_teacher} if latent.align_teacher else {}),
+        **({"align_cached": True} if cached else {}),
         **settings.identity(),
     }
     run = open_run(
@@ -205,9 +213,15 @@ class GeneratorTrainer(Trainer):
         samples: SampleConfig,
     ):
         super().__init__(run, model, data, settings)
+        self.length = tokenizer.config.tokens + (self.bare.config.buffer or 0)
         self.tokenizer, self.cache, self.latent, self.samples = tokenizer.to(self.device), cache, latent, samples
         self.data_config = data_config
         self.teacher = None if teacher is None else teacher.to(self.device)
+        self.cached: TeacherTokens | None = None
+        if teacher is not None and latent.align_cached:
+            sizes = {"image_size": tokenizer.config.image_size, "side": self._side}
+            given = {"runs": settings.runs, "parameter": "align_cached"}
+            self.cached = teacher_tokens(self.teacher, data, data_config, **sizes, **given)
         self.held_out: tuple[Tensor, Tensor, Tensor | None] | None = None
         if settings.gradient_checkpointing:
             _keep_inputs_alone(self.bare)
@@ -231,17 +245,28 @@ class GeneratorTrainer(Trainer):
         return labels if self.data.classes else torch.zeros_like(labels)
 
     def backward(self, part: LatentBatch, first: int, share: float) -> dict[str, Tensor]:
-        size = self.tokenizer.config.image_size
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            seen = self._teacher_tokens(part.images(self.data.train, size)) if self.teacher else None
+            seen = self._seen(part)
             loss, terms = self.model(part.latents, self._labels(part.labels), self.draws("generator", first), seen)
         (share * loss).backward()
         return {"loss": loss.detach(), **terms}
 
+    @property
+    def _side(self) -> int:
+        """Image patches along one side."""
+        return self.tokenizer.config.image_size // self.tokenizer.config.patch_size
+
+    def _seen(self, part: LatentBatch) -> Tensor | None:
+        """What the teacher sees in the images of a batch, (b, n, c)."""
+        if self.cached is not None:
+            return self.cached(part.indices).to(self.device)
+        if self.teacher is None:
+            return None
+        return self._teacher_tokens(part.images(self.data.train, self.tokenizer.config.image_size))
+
     @torch.no_grad()
     def _teacher_tokens(self, images: Tensor) -> Tensor:
-        side = self.tokenizer.config.image_size // self.tokenizer.config.patch_size
-        return self.teacher.tokens(images.to(self.device), side)
+        return self.teacher.tokens(images.to(self.device), self._side)
 
     @torch.no_grad()
     def _held_out(self) -> tuple[Tensor, Tensor, Tensor | None]:

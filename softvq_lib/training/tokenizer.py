@@ -3,7 +3,7 @@
 import logging
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,14 +22,33 @@ from softvq_lib.tokenizers import NotFiniteError, Tokenizer, TokenizerConfig
 from softvq_lib.tokenizers.tokenizer import Code
 from softvq_lib.training import engine
 from softvq_lib.training.config import TrainConfig
+from softvq_lib.training.distillation import find_encoder, start_encoder
 from softvq_lib.training.files import check_writable, write_whole
 from softvq_lib.training.run import Run, open_run, slug
+from softvq_lib.training.teacher import TeacherTokens, check_unchanging, teacher_tokens
 from softvq_lib.training.trainer import Trainer
 from softvq_lib.training.validation import reconstruct
 
 log = logging.getLogger(__name__)
 
-CONFIGS = (TokenizerConfig, DataConfig, LossConfig, TrainConfig)
+
+@dataclass(frozen=True)
+class StartConfig:
+    """What a tokenizer's training starts from, beside published weights (`TokenizerConfig.pretrained`).
+
+    Attributes:
+        encoder_start: Run, or folder, of a distilled encoder (`softvq_lib.distil_encoder`) whose transformer's weights
+            the encoder starts from; latent tokens stay random. The run's identity holds the checksum of these weights.
+    """
+
+    encoder_start: str | None = None
+
+    def __post_init__(self):
+        if self.encoder_start == "":
+            raise ValueError("encoder_start='' names nothing: give a run or folder of a distilled encoder, or None.")
+
+
+CONFIGS = (TokenizerConfig, DataConfig, LossConfig, TrainConfig, StartConfig)
 SHOWN = 8  # held-out images in each picture of progress
 
 
@@ -37,23 +56,32 @@ def train(**parameters: object) -> Run:
     """Train the tokenizer that flat parameters describe, or load it when its run is finished already.
 
     An interrupted run goes on from its newest checkpoint. Parameters are the fields of `TokenizerConfig`,
-    `DataConfig`, `LossConfig` and `TrainConfig`. Started by `torchrun` or `accelerate launch` on several processes,
-    these share the work.
+    `DataConfig`, `LossConfig`, `TrainConfig` and `StartConfig`. Started by `torchrun` or `accelerate launch` on several
+    processes, these share the work.
 
     Raises:
         ValueError: for a parameter that is unknown or out of range, data or weights that cannot be had, or a folder
             that cannot be used; before anything is trained, leaving existing files as they were.
     """
-    tokenizer_config, data_config, loss_config, settings = strictly.split(parameters, *CONFIGS)
+    tokenizer_config, data_config, loss_config, settings, start = strictly.split(parameters, *CONFIGS)
     tokenizer_config = tokenizer_config.resolved()
     loss_config = loss_config.resolved(tokenizer_config.quantizer)
+    if loss_config.alignment != "none" and loss_config.alignment_cached:
+        check_unchanging("alignment_cached", data_config)
+    if tokenizer_config.pretrained and start.encoder_start is not None:
+        raise ValueError(
+            f"pretrained=True and encoder_start={start.encoder_start!r} both say what the encoder starts from: leave "
+            "one of them out."
+        )
+    distilled = None if start.encoder_start is None else find_encoder(start.encoder_start, settings.runs)
     engine.choose_device(settings.device)
     data = open_dataset(data_config, tokenizer_config.image_size)
     tokenizer, tokenizer_config = _build(tokenizer_config, settings.seed)
+    identity = _identity(tokenizer_config, data_config, loss_config, settings, data)
+    if distilled is not None:
+        identity["encoder_start"] = start_encoder(tokenizer, distilled)
     name = f"{tokenizer_config.preset}-{tokenizer_config.quantizer}-{tokenizer_config.tokens}x{tokenizer_config.dim}"
-    run = open_run(
-        f"{slug(data.name)}-{name}", _identity(tokenizer_config, data_config, loss_config, settings, data), settings
-    )
+    run = open_run(f"{slug(data.name)}-{name}", identity, settings)
     run.data = data
     if run.finished:
         run.warn_if_code_changed()
@@ -137,13 +165,20 @@ class TokenizerTrainer(Trainer):
             )
         if config.vq_revive is not None or config.vq_kmeans:
             self.written = tuple(p for p in tokenizer.quantizer.parameters() if p.requires_grad)
+        self.length = config.patches + config.tokens
         self.data_config, self.loss_config = data_config, loss_config
         self.networks = networks.to(self.device)
         if networks.discriminator is not None:
             self.add("discriminator", networks.discriminator, loss_config.discriminator_lr or settings.lr)
             self.add("lecam", networks.lecam)
         unchanging = not data_config.flip and data_config.crop == 1
-        self.seen = _Teacher(networks, len(data.train) if unchanging else 0)
+        cached = None
+        if loss_config.alignment_cached and networks.teacher is not None:
+            sizes = {"image_size": config.image_size, "side": networks.side}
+            given = {"runs": settings.runs, "parameter": "alignment_cached"}
+            cached = teacher_tokens(networks.teacher, data, data_config, **sizes, **given)
+            networks.teacher = None  # it has done its work: no step runs it
+        self.seen = _Teacher(networks, len(data.train) if unchanging else 0, cached)
         self.last_input: Tensor | None = None
         if loss_config.adversarial_adaptive:
             self.bare.tokenizer.decoder.to_pixels.register_forward_pre_hook(self._hold)
@@ -304,13 +339,15 @@ class _Teacher:
 
     MOST = 2**31  # bytes
 
-    def __init__(self, networks: Networks, unchanging: int):
-        self.networks, self.images, self.kept = networks, unchanging, None
+    def __init__(self, networks: Networks, unchanging: int, cached: TeacherTokens | None = None):
+        self.networks, self.images, self.cached, self.kept = networks, unchanging, cached, None
         self.pixels = torch.zeros(unchanging, dtype=torch.int64)  # a checksum of each; 0: not seen yet
         self.size = 0
 
     def __call__(self, part: Batch, size: int) -> Tensor | None:
         """Return tokens (b, n, c) of a part; `size` is that of all parts of a batch but perhaps the last."""
+        if self.cached is not None:
+            return self.cached(part.indices).to(part.images.device)
         if self.networks.teacher is None:
             return None
         if size != self.size:  # the first call, or memory has run out
