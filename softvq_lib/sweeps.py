@@ -186,6 +186,9 @@ def _cells(name: str, stages: Mapping[str, dict[str, object]], known: dict[str, 
         if print_of in known:
             made[experiment] = known[print_of]
             continue
+        if not needs and experiment not in TRAINING:
+            sources = " or ".join(_LINKS[experiment].values())
+            raise ValueError(f"arm {name!r}: stage {experiment} has nothing to look at: put {sources} before it.")
         run = _run_name(name, experiment, kept) if experiment in TRAINING else needs[-1].run
         full = kept | links | ({"run": run} if experiment in TRAINING else {})
         made[experiment] = known[print_of] = Cell(experiment, run, full, tuple(needs), print_of)

@@ -100,6 +100,7 @@ def test_only_keeps_alternatives(sweep):
     [
         ({"faktors": {}}, "unknown key 'faktors', did you mean 'factors'"),
         ({"stages": {"train_tokeniser": "train_tokenizer.yaml"}}, "did you mean 'train_tokenizer'"),
+        ({"stages": {"evaluate": "evaluate.yaml", "train_tokenizer": "train_tokenizer.yaml"}}, "nothing to look at"),
         ({"stages": {"train_tokenizer": "missing.yaml"}}, "missing.yaml is no file"),
         ({"first": {"sead": [0]}}, "did you mean 'seed'"),
         ({"first": {"seed": [9]}}, "'9' is not known"),
