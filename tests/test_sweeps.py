@@ -130,8 +130,9 @@ def test_the_ledger_has_the_newest_entry_and_names_damage(tmp_path):
         executed(tmp_path)
 
 
-def test_the_study_is_planned_and_its_notebooks_know_every_parameter():
-    arms = read_plan(sorted((ROOT / "sweeps" / "mini").glob("*.yaml")), ROOT)
+@pytest.mark.parametrize("scale", sorted(path.name for path in (ROOT / "sweeps").iterdir()))
+def test_the_study_is_planned_and_its_notebooks_know_every_parameter(scale):
+    arms = read_plan(sorted((ROOT / "sweeps" / scale).glob("*.yaml")), ROOT)
     assert len({arm.name for arm in arms}) == len(arms)
     declared = {}
     for cell in {cell.fingerprint: cell for arm in arms for cell in arm.cells}.values():
