@@ -1,9 +1,12 @@
 # Sets up the project's own virtual environment and runs its main jobs.
-# `make help` lists them; variables: PYTHON (used to create the environment), VENV (where it stands), PORT (make serve).
+# `make help` lists them; variables: PYTHON (used to create the environment), VENV (where it stands), PORT (make serve),
+# DATASET and JOBS (make experiments).
 
 PYTHON ?= python3
 VENV ?= .venv
 PORT ?= 8000
+DATASET ?=
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -16,7 +19,7 @@ unexport PYTHONHOME
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test test-faults notebooks book serve lint
+.PHONY: help setup train test test-faults experiments figures notebooks book serve lint
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -55,8 +58,18 @@ lint: $(STAMP) ## check style: ruff's linter and formatter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Without DATASET, the parameter files' own: data/tiny-imagenet/*.parquet.
+experiments: $(STAMP) ## run what is missing of the study: hours. DATASET=folder of Tiny-ImageNet, JOBS=2 at a time
+	@test -n "$(DATASET)" || ls data/tiny-imagenet/*.parquet >/dev/null 2>&1 || { \
+	  echo "error: the study needs Tiny-ImageNet, which is not part of this repository: data/tiny-imagenet/*.parquet is missing." >&2; \
+	  echo "Name its folder of parquet files: make experiments DATASET=path/to/tiny-imagenet. book/experiments.ipynb says how to get it." >&2; exit 1; }
+	$(BIN)/python book/run_sweeps.py sweeps/mini --jobs $(JOBS) $(if $(DATASET),--dataset "$(DATASET)")
+
+figures: $(STAMP) ## draw every table and figure of the study from recorded rows into _build/figures; trains nothing
+	$(BIN)/python book/draw_figures.py
+
 notebooks: $(STAMP) ## run the notebooks at their defaults and store the outputs that the tests compare with
-	$(BIN)/python book/store_outputs.py book/*.ipynb
+	$(BIN)/python book/store_outputs.py book/*.ipynb book/paper/*.ipynb
 
 book: $(STAMP) ## build the site into _build/html
 	$(BIN)/jupyter-book build book -n -W --keep-going

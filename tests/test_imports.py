@@ -39,6 +39,7 @@ LAYERS = [
         "latent_figures",
         "sweeps",
         "arms",
+        "again",
         "claims",
         "claim_checks",
         "claim_figures",

@@ -1,6 +1,7 @@
-"""The study's tables, figures and sentences: by hand on made-up arms and rows, over the real plan, and byte for byte."""
+"""The study's tables, figures and sentences: on made-up arms and rows by hand, over the real plan, byte for byte."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,6 @@ import numpy as np
 import pytest
 import yaml
 
-from repository import ROOT
 from softvq_lib import results, study, study_figures, study_tables, study_words
 from softvq_lib.arms import Measured
 from softvq_lib.study import DRAWINGS, Study
@@ -17,6 +17,8 @@ from softvq_lib.study_budget import budget
 from softvq_lib.study_cells import Drawn, cell, of_which, point, table
 from softvq_lib.study_words import Versus, sentence
 from softvq_lib.sweeps import Arm, Cell, read_plan
+
+from repository import ROOT
 
 FOLDER = ROOT / "book" / "results"
 PSNR, KID = "reconstruction.psnr", "samples.KID-EffLite0"
@@ -86,8 +88,8 @@ def test_a_table_says_seeds_intervals_and_reasons():
     arms += [arm(0, quantizer="kl", unavailable="no weights")]
     found = table(arms, {"quantizer": "quantizer"}, [PSNR, "reconstruction.ssim"])
     assert found.content.splitlines() == [
-        "*Intervals are at 95 %: Student's t over 3 seeds; those with ° over the images of a single run, which leave out "
-        "what another seed would change.*",
+        "*Intervals are at 95 %: Student's t over 3 seeds; those with ° over the images of a single run, which "
+        "leave out what another seed would change.*",
         "",
         "| quantizer | seeds | PSNR, dB ↑ | SSIM ↑ |",
         "|---|--:|--:|--:|",
@@ -117,6 +119,14 @@ def test_real_images_stand_in_the_last_line():
     arms[0].rows["samples.class_agreement"] = agreement
     metrics = ["reconstruction.KID-EffLite0", "samples.class_agreement"]
     assert table(arms, {"seed": "seed"}, metrics, floors=True).content.endswith("| *real images* |  | 0.000 | 31.4 |")
+
+
+def test_what_is_shown_ends_in_its_origin(nothing):
+    picture, below, text = nothing.show("steps", "steps-table")
+    assert picture._repr_png_()[:4] == b"\x89PNG" and picture._repr_markdown_() is None
+    assert below._repr_markdown_() == "*Provenance: no row has been recorded yet.*"
+    assert text._repr_markdown_().startswith("| latents") and text._repr_png_() is None
+    assert text._repr_markdown_().endswith("*Provenance: no row has been recorded yet.*")
 
 
 def test_every_drawn_thing_has_a_line_on_its_origin():
@@ -293,14 +303,15 @@ def test_figures_of_some_seeds_show_what_is_there(tmp_path):
 
 
 def test_two_processes_draw_the_same_bytes(tmp_path):
-    rows = tmp_path / "rows"
-    rows.mkdir()
-    filled(rows, 3)
+    committed, made_up = tmp_path / "committed", tmp_path / "made_up"
+    shutil.copytree(FOLDER / "mini", committed)  # which a study that is running adds to
+    filled(made_up, 3)
     drawn = []
     for name in ("a", "b"):
-        command = [sys.executable, str(ROOT / "book" / "draw_figures.py"), "--out", str(tmp_path / name)]
-        for results_of in ([], ["--results", str(rows)]):  # what is committed, and made-up rows of everything
-            subprocess.run([*command[:-1], str(tmp_path / name / f"{len(results_of)}"), *results_of], check=True)
+        for rows in (committed, made_up):
+            out = tmp_path / name / rows.name
+            command = [sys.executable, ROOT / "book" / "draw_figures.py", "--out", out, "--results", rows]
+            subprocess.run(command, check=True, capture_output=True)
         files = sorted((tmp_path / name).rglob("*.*"))
         drawn.append({path.relative_to(tmp_path / name).as_posix(): path.read_bytes() for path in files})
     assert drawn[0].keys() == drawn[1].keys() and len(drawn[0]) > 2 * len(DRAWINGS)
@@ -311,7 +322,7 @@ def test_two_processes_draw_the_same_bytes(tmp_path):
 # -- pages -------------------------------------------------------------------------------------------------------------
 
 PAGES = [ROOT / "book" / f"{name}.ipynb" for name in ("experiments", "tables", "ablations")]
-PAGES += [path for path in sorted((ROOT / "book" / "paper").glob("*.ipynb"))]
+PAGES += sorted((ROOT / "book" / "paper").glob("*.ipynb"))
 
 
 def page_problems(path: Path) -> list[str]:
@@ -342,8 +353,8 @@ def test_a_page_says_where_each_table_and_figure_comes_from(path):
 @pytest.mark.parametrize(
     ("source", "output", "complaint"),
     [
-        ("study.show('steps')", {"text/markdown": "| a |\n\n*Provenance: no row*"}, None),
-        ("study.show('steps')", {"text/markdown": "| a |"}, "shown without its origin"),
+        ("display(*study.show('steps'))", {"text/markdown": "| a |\n\n*Provenance: no row*"}, None),
+        ("display(*study.show('steps'))", {"text/markdown": "| a |"}, "shown without its origin"),
         ("study_figures.steps(arms)", {"image/png": ""}, "not by study.show"),
         ("display(Markdown(table))", {"text/markdown": "| a |"}, "not by study.show"),
         ("print(study.planned())", None, None),
