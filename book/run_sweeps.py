@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -106,7 +107,10 @@ class Runner:
         with open(log, "w") as file:
             if self.stopping:
                 raise Failed(f"{cell.name}: not started")
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+            # A session of its own, so that stopping reaches the kernel as well.
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
             self.processes.add(process)
             code = process.wait()
             self.processes.discard(process)
@@ -137,10 +141,11 @@ class Runner:
         self.done[cell.fingerprint] = entry
 
     def stop(self) -> None:
-        """Ask what is running to stop; trainings save a checkpoint first."""
+        """Stop what is running, kernels included; a training goes on from its last checkpoint another time."""
         self.stopping = True
         for process in list(self.processes):
-            process.send_signal(signal.SIGINT)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
 
 
 def seconds_by_experiment(entries: Iterable[dict]) -> dict[str, float]:
@@ -171,6 +176,12 @@ def chosen(arms: Sequence[Arm], asked: argparse.Namespace) -> list[Arm]:
     if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
         raise ValueError(f"--part {asked.part} is not allowed: give I/N with 1 <= I <= N, such as 1/4.")
     return found[int(part) - 1 :: int(parts)]
+
+
+def interruptible() -> None:
+    """Stop in order at SIGINT and SIGTERM, also where a shell in the background has the first one ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
 
 
 def execute(runner: Runner, arms: Sequence[Arm], jobs: int) -> list[str]:
@@ -210,7 +221,7 @@ def execute(runner: Runner, arms: Sequence[Arm], jobs: int) -> list[str]:
                 for future in [pool.submit(work, arm) for arm in arms]:
                     future.result()
             except KeyboardInterrupt:
-                bar.write("stopping: what is running saves its state first")
+                bar.write("stopping: what is interrupted goes on from its last checkpoint next time")
                 runner.stop()
                 raise
     return failures
@@ -286,6 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             missing = ", ".join(cell.experiment for cell in runner.missing(arm.cells)) or "nothing"
             print(f"{arm.sweep:14}{arm.name:44}missing: {missing}")
         return
+    interruptible()
     try:
         failures = execute(runner, arms, asked.jobs)
     except KeyboardInterrupt:
