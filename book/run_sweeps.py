@@ -130,15 +130,16 @@ class Runner:
             "run": cell.run,
             "fingerprint": cell.fingerprint,
             "seconds": round(seconds, 1),
-            "ended": now(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "threads": self.threads,
-            "commit": self.origin["commit"],
-            "dirty": self.origin["dirty"],
-            "code": self.origin["code"],
+            **self.where(),
         }
         append_line(self.results / LEDGER, entry)
         self.done[cell.fingerprint] = entry
+
+    def where(self) -> dict[str, object]:
+        """When, on what and with which code something was executed, for the ledger."""
+        machine = f"{platform.machine()}, {os.cpu_count()} cores"
+        code = {name: self.origin[name] for name in ("commit", "dirty", "code")}
+        return {"ended": now(), "machine": machine, "threads": self.threads, **code}
 
     def stop(self) -> None:
         """Stop what is running, kernels included; a training goes on from its last checkpoint another time."""
@@ -240,8 +241,7 @@ def rerun(arm: Arm, plan: Sequence[Arm], results: Path, runs: Path, given: dict[
     (apart,) = measured([arm], runs / "results")
     found = compare(measured(plan, results), apart)
     print(table(found))
-    entry = {"arm": arm.name, "sweep": arm.sweep, "threads": threads, "ended": now(), "commit": runner.origin["commit"]}
-    entry |= {"packages": runner.origin["packages"], "metrics": [asdict(one) for one in found]}
+    entry = {"arm": arm.name, "sweep": arm.sweep, "metrics": [asdict(one) for one in found], **runner.where()}
     append_line(results / "again.jsonl", entry)
     return int(any(one.inside is False for one in found))
 

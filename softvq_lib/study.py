@@ -12,6 +12,7 @@ from typing import NamedTuple
 from softvq_lib import results as rows_of
 from softvq_lib import study_figures as figures
 from softvq_lib import study_pictures as pictures
+from softvq_lib import study_reruns as again
 from softvq_lib import study_tables as tables
 from softvq_lib import study_words as words
 from softvq_lib.arms import Measured, measured
@@ -156,6 +157,10 @@ def _budget(study: Study) -> Drawn:
     return budget([arm.arm for arm in study.arms], study.files, read_ledger(study.results))
 
 
+def _attempt(study: Study) -> Drawn:
+    return again.attempt([arm.arm for arm in study.arms], study.results.with_name(f"{study.results.name}-800"))
+
+
 def _samples(study: Study) -> list[Drawn]:
     rows = rows_of.read(study.recorded / "train_generator.jsonl")
     return pictures.samples(rows, study.recorded / "train_generator")
@@ -202,7 +207,9 @@ DRAWINGS = {
     "latents": _of_arms("The latent space in numbers", tables.latents),
     "representations-words": _of_arms("What it shows: representations", words.representations),
     "pilot": _of_arms("The pilot", figures.pilot),
+    "attempt": Drawing("The attempt before: half as many steps", _attempt),
     "budget": Drawing("What the study costs", _budget),
+    "reruns": Drawing("Arms that were run again", lambda study: again.reruns(study.results)),
     "ablations": _of_arms("Sec. 4.5 at mini scale, one change at a time", figures.ablations),
     **{
         name: drawing

@@ -257,7 +257,7 @@ def steps(arms: Sequence[Measured]) -> Drawn:
     axis.set(xlabel="training steps of SiT", ylabel=_axis_label(KID))
     goal = select(arms, "tokenizers", {"quantizer": "vq", "alignment": "off", "tokens": "16"})
     if target := point(goal, KID):
-        words = "VQ after 400 steps: the target"
+        words = "VQ after all steps: the target"
         axis.axhline(target.value, color=colour_of("vq"), linestyle="--", linewidth=1.2, label=words)
     _legend(figure, [axis], 3)
     return _said(Drawn(figure, rows_shown([*mine, *goal], [KID])), points)
@@ -267,20 +267,25 @@ def steps(arms: Sequence[Measured]) -> Drawn:
 
 
 def pilot(arms: Sequence[Measured]) -> Drawn:
-    """Held-out PSNR against the step over a long run of each quantizer, and at each learning rate of a short one."""
-    mine = select(arms, "pilot")
+    """Held-out PSNR against the step over a long run of each quantizer, and at learning rates of short ones.
+
+    The rates are those of 16 tokens, then those of 2.
+    """
+    mine, two = select(arms, "pilot"), select(arms, "pilot_few")
     longest = max((arm.factors["steps"] for arm in mine), key=int)
     shortest = min((arm.factors["steps"] for arm in mine), key=int)
-    figure, (left, right) = new_figure(1, 2, 3.1, sharey=False)
+    figure, (left, *rates) = new_figure(1, 3, 2.9, width_ratios=(1.3, 1, 0.8))
     _curves(left, [arm for arm in mine if arm.factors["steps"] == longest])
     left.set(xlabel="step", ylabel="held-out PSNR, dB", title=f"{longest} steps, rate 2e-3")
+    points = []
     few = [arm for arm in mine if arm.factors["steps"] == shortest]
-    points = _by_quantizer(right, few, "lr", CURVE)
-    right.set(xlabel="peak learning rate", title=f"after {shortest} steps")
-    ticks = sorted({float(arm.factors["lr"]) for arm in few})
-    right.set_xticks(ticks, [f"{tick:.0e}".replace("e-0", "e-") for tick in ticks])
-    _legend(figure, (left, right))
-    return _said(Drawn(figure, rows_shown(mine, [CURVE])), points)
+    for axis, these, tokens in zip(rates, (few, two), ("16", "2"), strict=True):
+        points += _by_quantizer(axis, these, "lr", CURVE)
+        axis.set(xlabel="learning rate", title=f"{shortest} steps,\n{tokens} tokens")
+        ticks = sorted({float(arm.factors["lr"]) for arm in these})
+        axis.set_xticks(ticks, [f"{tick:.0e}".replace("e-0", "e-") for tick in ticks])
+    _legend(figure, (left, *rates))
+    return _said(Drawn(figure, rows_shown([*mine, *two], [CURVE])), points)
 
 
 # -- Sec. 4.5 ----------------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def test_four_claims_are_primary_with_twelve_pairs_each(registry):
 def test_what_the_registry_names_is_planned(registry, plan):
     claims.check_plan(registry, plan)
     compared = {claim.sweep for claim in registry.claims} - {""}
-    assert {arm.arm.sweep for arm in plan} - compared == {"pilot"}
+    assert {arm.arm.sweep for arm in plan} - compared == {"pilot", "pilot_few"}
 
 
 def test_the_tests_and_pages_that_it_names_exist(registry):

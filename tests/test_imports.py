@@ -58,6 +58,7 @@ LAYERS = [
         "study_figures",
         "study_pictures",
         "study_tables",
+        "study_reruns",
         "study_words",
         "train",
     },

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from softvq_lib import results, study, study_figures, study_tables, study_words
+from softvq_lib import results, study, study_figures, study_reruns, study_tables, study_words
 from softvq_lib.arms import Measured
 from softvq_lib.study import DRAWINGS, Study
 from softvq_lib.study_budget import budget
@@ -366,3 +366,27 @@ def test_a_page_without_origin_is_noticed(tmp_path, source, output, complaint):
     (tmp_path / "page.ipynb").write_text(json.dumps({"cells": cells}))
     problems = page_problems(tmp_path / "page.ipynb")
     assert [complaint in problem for problem in problems] == [True] if complaint else not problems
+
+
+def test_reruns_are_shown_with_what_lies_inside(tmp_path):
+    assert "not run yet" in study_reruns.reruns(tmp_path).content
+    one = {"metric": "reconstruction.psnr", "recorded": 20.0, "value": 20.5, "low": 19.0, "high": 21.0, "degrees": 2}
+    far = one | {"metric": "samples.KID-EffLite0", "value": 30.0}
+    bare = one | {"metric": "generator.val_loss", "value": 20.0, "low": None, "high": None, "degrees": 0}
+    entry = {"arm": "a", "sweep": "s", "metrics": [one, far, bare], "threads": 2, "ended": "2026-01-01T00:00:00"}
+    entry |= {"machine": "m", "commit": "c" * 40, "dirty": False, "code": "d"}
+    (tmp_path / "again.jsonl").write_text(json.dumps(entry | {"metrics": [far]}) + "\n" + json.dumps(entry) + "\n")
+    drawn = study_reruns.reruns(tmp_path)
+    assert "**`a`**, 2 threads: 1 of 2 numbers inside the interval of one more seed, 1 of 3 the same" in drawn.content
+    assert "| reconstruction.psnr | 20 | 20.5 | [19, 21] | yes |" in drawn.content
+    assert "val_loss" not in drawn.content and "1 executions in the ledger" in drawn.provenance
+
+
+def test_the_attempt_shows_the_arms_that_it_executed_alone(tmp_path):
+    assert "not run yet" in study_reruns.attempt([], tmp_path).content
+    plan = read_plan([ROOT / "sweeps" / "mini" / "1_tokenizers.yaml"], ROOT)
+    drawn = study_reruns.attempt(plan, ROOT / "book" / "results" / "mini-800")
+    assert [line.split("`")[1] for line in drawn.content.splitlines()[2:]] == [
+        f"{quantizer}-on-2-s0" for quantizer in ("softvq", "vq", "ae", "kl")
+    ]
+    assert drawn.rows and "Provenance" in drawn.provenance
