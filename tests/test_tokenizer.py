@@ -20,7 +20,7 @@ DATA = Path(__file__).parent / "data"
     [("s", 44.54, 44.84), ("b", 172.97, 173.56), ("bl", 390.55, 391.33), ("l", 608.14, 608.92)],
 )
 def test_parameter_counts(preset, million, with_unused_patch_embedding):
-    """The paper's 45/173/391/608 M, rounded; the release's decoder also carries a patch embedding that it never uses."""
+    """The paper's 45/173/391/608 M, rounded; the release's decoder carries a patch embedding too that it never uses."""
     with torch.device("meta"):
         tokenizer = Tokenizer.from_preset(preset, tokens=64)
     count = sum(parameter.numel() for parameter in tokenizer.parameters())
