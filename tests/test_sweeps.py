@@ -5,7 +5,16 @@ import json
 import pytest
 import yaml
 
+from softvq_lib.config import split
+from softvq_lib.distilling import DISTIL_EXPERIMENT
+from softvq_lib.evaluate import EvaluateConfig
+from softvq_lib.experiments import TOKENIZER_EXPERIMENT
+from softvq_lib.generation import GENERATOR_EXPERIMENT
+from softvq_lib.generators.sampling import SampleConfig
+from softvq_lib.latent_space import LatentSpaceConfig
+from softvq_lib.linear_probing import ProbeConfig
 from softvq_lib.sweeps import executed, read_plan
+from softvq_lib.training.generator import completed
 
 from repository import ROOT
 
@@ -151,3 +160,25 @@ def test_pairs_of_the_study_share_all_but_the_quantizer():
     soft, ae = (by_name[f"{name}-off-2-s0"].cell("train_tokenizer").parameters for name in ("softvq", "ae"))
     assert {key for key in soft | ae if soft.get(key) != ae.get(key)} == {"quantizer", "run"}
     assert sum(arm.first for arm in arms) == 16 and len(arms) == 96
+
+
+@pytest.mark.parametrize("scale", sorted(path.name for path in (ROOT / "sweeps").iterdir()))
+def test_every_execution_of_the_study_has_parameters_that_are_allowed(scale):
+    """What a notebook would refuse at its start, after hours of others, is refused here."""
+    classes = {
+        "distil_encoder": DISTIL_EXPERIMENT,
+        "train_tokenizer": TOKENIZER_EXPERIMENT,
+        "train_generator": GENERATOR_EXPERIMENT,
+        "evaluate": (EvaluateConfig,),
+        "linear_probing": (ProbeConfig,),
+        "latent_space": (LatentSpaceConfig,),
+    }
+    arms = read_plan(sorted((ROOT / "sweeps" / scale).glob("*.yaml")), ROOT)
+    for cell in {cell.fingerprint: cell for arm in arms for cell in arm.cells if not arm.unavailable}.values():
+        values = completed(cell.parameters) if cell.experiment == "train_generator" else cell.parameters
+        config, *rest = split(values, *classes[cell.experiment])
+        if cell.experiment == "train_tokenizer":
+            assert config.resolved().dim, cell.name
+        if cell.experiment == "train_generator":
+            (samples,) = (one for one in rest if isinstance(one, SampleConfig))
+            samples.arguments(cell.parameters["generator"])
