@@ -194,6 +194,8 @@ DRAWINGS = {
     "factorial-words": _of_arms("What it shows: quantizers and alignment", words.factorial),
     "fixed-dim": _of_arms("Tab. 3 at mini scale, all tokens of 16 channels", tables.fixed_dim),
     "fixed-dim-words": _of_arms("What it shows: tokens of 16 channels", words.fixed_dim),
+    "rate": _of_arms("Tab. 3 at mini scale, at twice the learning rate", tables.rate),
+    "rate-words": _of_arms("What it shows: learning rate", words.rate),
     "alignment": _of_arms("Tab. 4 at mini scale, with controls", tables.alignment),
     "alignment-words": _of_arms("What it shows: alignment", words.alignment),
     "repa": _of_arms("Alignment of the latents beside REPA", tables.repa),

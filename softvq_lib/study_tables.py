@@ -78,6 +78,12 @@ def fixed_dim(arms: Sequence[Measured]) -> Drawn:
     return table(select(arms, "fixed_dim"), factors, (*RECONSTRUCTION, PROBE), floors=True)
 
 
+def rate(arms: Sequence[Measured]) -> Drawn:
+    """Twice the learning rate."""
+    factors = {"tokens": "tokens", "lr": "learning rate", "quantizer": "quantizer"}
+    return table(select(arms, "rate"), factors, (*RECONSTRUCTION, PROBE), floors=True)
+
+
 def slopes(arms: Sequence[Measured], metrics: Sequence[str] = (PSNR, RFD, PROBE, KID)) -> Drawn:
     """Change of each metric per doubling of the tokens, for each quantizer and alignment, over seeds done."""
     heads = ["quantizer", "aligned with", *(METRICS[metric].head.strip(" ↓↑") for metric in metrics)]

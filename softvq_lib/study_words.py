@@ -109,6 +109,18 @@ def fixed_dim(arms: Sequence[Measured]) -> Drawn:
     return shown(arms, "fixed_dim", few)
 
 
+def rate(arms: Sequence[Measured]) -> Drawn:
+    """Sweep rate: SoftVQ beside VQ at the study's learning rate and at twice that, and each beside itself."""
+    few = []
+    for lr in ("2e-3", "4e-3"):
+        levels = {"quantizer": "softvq", "lr": lr}, {"quantizer": "vq", "lr": lr}
+        few += [Versus(m, ("SoftVQ", "VQ"), *levels, ("seed", "tokens"), f"rate {lr}") for m in (PSNR, RFD)]
+    for name, quantizer in (("SoftVQ", "softvq"), ("VQ", "vq")):
+        levels = {"quantizer": quantizer, "lr": "4e-3"}, {"quantizer": quantizer, "lr": "2e-3"}
+        few.append(Versus(PSNR, (f"{name} at 4e-3", "at 2e-3"), *levels, ("seed", "tokens")))
+    return shown(arms, "rate", few)
+
+
 def alignment(arms: Sequence[Measured]) -> Drawn:
     """Sweep alignment: the 2 x 2 of initial weights and target, and the controls of the target."""
 
