@@ -25,8 +25,9 @@ from softvq_lib.study_cells import (
 )
 
 PROBE = "probe.z.flatten"
-PSNR, SSIM, RFD, RKID = RECONSTRUCTION
+PSNR, _, RFD, RKID = RECONSTRUCTION
 KID, FD, PRECISION, RECALL, AGREEMENT = SAMPLES
+TOKENIZER = (PSNR, RFD, RKID, PROBE)  # columns of a tokenizer; SSIM, which is in the rows, would not fit a page
 
 
 def _guidance(arms: Sequence[Measured]) -> str:
@@ -50,13 +51,13 @@ _SIZES = {"S": "mini-S", "B": "mini-B", "BL": "mini-BL", "L": "mini-L"}
 def sizes(arms: Sequence[Measured]) -> Drawn:
     """Four trunks at 2 and 16 tokens."""
     factors = {"tokens": "tokens", "size": "trunk"}
-    return table(select(arms, "size"), factors, (*RECONSTRUCTION, PROBE), floors=True, names={"size": _SIZES})
+    return table(select(arms, "size"), factors, TOKENIZER, floors=True, names={"size": _SIZES})
 
 
 def resolution(arms: Sequence[Measured]) -> Drawn:
     """The same tokens for four times the pixels."""
     factors = {"tokens": "tokens", "pixels": "image, px"}
-    return table(select(arms, "resolution"), factors, (*RECONSTRUCTION, PROBE), floors=True)
+    return table(select(arms, "resolution"), factors, TOKENIZER, floors=True)
 
 
 _FACTORIAL = {"quantizer": "quantizer", "tokens": "tokens", "alignment": "aligned with"}
@@ -64,7 +65,7 @@ _FACTORIAL = {"quantizer": "quantizer", "tokens": "tokens", "alignment": "aligne
 
 def factorial_reconstruction(arms: Sequence[Measured]) -> Drawn:
     """Quantizer x tokens x alignment: reconstruction and linear probe."""
-    return table(select(arms, "tokenizers"), _FACTORIAL, (*RECONSTRUCTION, PROBE), floors=True)
+    return table(select(arms, "tokenizers"), _FACTORIAL, TOKENIZER, floors=True)
 
 
 def factorial_generation(arms: Sequence[Measured]) -> Drawn:
@@ -75,13 +76,13 @@ def factorial_generation(arms: Sequence[Measured]) -> Drawn:
 def fixed_dim(arms: Sequence[Measured]) -> Drawn:
     """Fewer tokens without more channels."""
     factors = {"quantizer": "quantizer", "tokens": "tokens of 16 channels"}
-    return table(select(arms, "fixed_dim"), factors, (*RECONSTRUCTION, PROBE), floors=True)
+    return table(select(arms, "fixed_dim"), factors, TOKENIZER, floors=True)
 
 
 def rate(arms: Sequence[Measured]) -> Drawn:
     """Twice the learning rate."""
     factors = {"tokens": "tokens", "lr": "learning rate", "quantizer": "quantizer"}
-    return table(select(arms, "rate"), factors, (*RECONSTRUCTION, PROBE), floors=True)
+    return table(select(arms, "rate"), factors, TOKENIZER, floors=True)
 
 
 def slopes(arms: Sequence[Measured], metrics: Sequence[str] = (PSNR, RFD, PROBE, KID)) -> Drawn:
