@@ -93,21 +93,7 @@ def _rows(experiment: DistilExperiment) -> list[dict[str, object]]:
     if error is not None:
         low, high = value - 1.96 * error, value + 1.96 * error
         interval = {"low": low, "high": high, "interval": "95 % normal over images"}
-    common = {
-        "experiment": "distil_encoder",
-        "run": run.name,
-        "n": manifest["held_out"],
-        "seed": run.identity["seed"],
-        "source": "measured",
-        "data": manifest["data"]["name"],
-        "data_fingerprint": manifest["data"]["fingerprint"],
-        "config": run.identity,
-        "config_hash": run.config_hash,
-        "device": manifest["device_name"],
-        "precision": manifest["precision"],
-        **rows_of.origin(),
-        "code": manifest["code"],  # that it was trained with
-    }
+    common = rows_of.of_run("distil_encoder", run) | {"n": manifest["held_out"]}
     measured = {"metric": "val_cosine", "value": value, **interval}
     constant = {"metric": "val_cosine_constant", "value": experiment.constant, **none}
     return [

@@ -159,22 +159,7 @@ def _thinned(curve: list[list[float]], most: int = 100) -> list[list[float]]:
 
 def _record(experiment: TokenizerExperiment, folder: Path, shown: bool, originals: bool) -> None:
     run = experiment.run
-    manifest = run.manifest
-    common = {
-        "experiment": "train_tokenizer",
-        "run": run.name,
-        "n": len(experiment.measured.psnr),
-        "seed": run.identity["seed"],
-        "source": "measured",
-        "data": manifest["data"]["name"],
-        "data_fingerprint": manifest["data"]["fingerprint"],
-        "config": run.identity,
-        "config_hash": run.config_hash,
-        "device": manifest["device_name"],
-        "precision": manifest["precision"],
-        **rows_of.origin(),
-        "code": manifest["code"],  # that it was trained with
-    }
+    common = rows_of.of_run("train_tokenizer", run) | {"n": len(experiment.measured.psnr)}
     interval = "95 % percentile bootstrap over images"
     rows = []
     for line, key in zip(experiment.table(), ("psnr", *(f"psnr_pca_{n}" for n in experiment.pca)), strict=True):

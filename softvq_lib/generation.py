@@ -190,20 +190,9 @@ def _record(experiment: GeneratorExperiment, folder: Path, shown: bool) -> None:
     from torchvision.utils import save_image
 
     run = experiment.run
-    common = {
-        "experiment": "train_generator",
-        "run": run.name,
-        "seed": run.identity["seed"],
-        "source": "measured",
-        "data": run.manifest["data"]["name"],
-        "data_fingerprint": run.manifest["data"]["fingerprint"],
-        "config": run.identity | {f"sampling_{k}": v for k, v in vars(experiment.settings).items() if v is not None},
-        "config_hash": run.config_hash,
-        "device": run.manifest["device_name"],
-        "precision": run.manifest["precision"],
-        **rows_of.origin(),
-        "code": run.manifest["code"],
-    }
+    common = rows_of.of_run("train_generator", run)
+    sampling = {f"sampling_{k}": v for k, v in vars(experiment.settings).items() if v is not None}
+    common["config"] = run.identity | sampling
     curve = [[row["step"], row["val_loss"]] for row in run.metrics if "val_loss" in row]
     sheets = {"samples": (experiment.grid, experiment.columns)} if shown else {}
     if shown and experiment.judged is not None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softvq_lib.config import nearest
-from softvq_lib.training.run import now, provenance
+from softvq_lib.training.run import Run, now, provenance
 from softvq_lib.weights import sha256
 
 if TYPE_CHECKING:
@@ -116,6 +116,25 @@ def origin() -> dict[str, object]:
     """The entries of a row that say with which code and packages, and when, it was measured."""
     here = provenance()
     return {"date": now(), **{name: here[name] for name in ("commit", "dirty", "code", "packages", "python")}}
+
+
+def of_run(experiment: str, run: Run) -> dict[str, object]:
+    """The entries that the rows of a training run share: its data, configuration, hardware and code."""
+    manifest = run.manifest
+    return {
+        "experiment": experiment,
+        "run": run.name,
+        "seed": run.identity["seed"],
+        "source": "measured",
+        "data": manifest["data"]["name"],
+        "data_fingerprint": manifest["data"]["fingerprint"],
+        "config": run.identity,
+        "config_hash": run.config_hash,
+        "device": manifest["device_name"],
+        "precision": manifest["precision"],
+        **origin(),
+        "code": manifest["code"],  # that it was trained with
+    }
 
 
 def append(path: Path, rows: list[dict]) -> None:
