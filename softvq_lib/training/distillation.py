@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from softvq_lib import config as strictly
 from softvq_lib import weights
-from softvq_lib.data import Batch, DataConfig, DataSplits, open_dataset, training_batches, validation_batches
+from softvq_lib.data import Batch, DataConfig, DataSplits, open_dataset, validation_batches
 from softvq_lib.features import Features, build_features
 from softvq_lib.losses.alignment import alignment_loss
 from softvq_lib.tokenizers import Tokenizer, TokenizerConfig
@@ -171,21 +171,7 @@ class DistilTrainer(Trainer):
             self.bare.compile()
 
     def batches(self, start_step: int) -> Iterator[Batch]:
-        return training_batches(
-            self.data.train,
-            image_size=self.sizes.image_size,
-            batch_size=self.settings.batch_size,
-            seed=self.settings.seed,
-            start_step=start_step,
-            steps=self.settings.steps,
-            flip=self.data_config.flip,
-            crop=self.data_config.crop,
-            workers=self.data_config.workers,
-            part=(self.rank, self.processes),
-        )
-
-    def _autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return self.image_batches(start_step, self.sizes.image_size, self.data_config)
 
     @torch.no_grad()
     def _seen(self, images: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from softvq_lib import config as strictly
-from softvq_lib.data import Batch, DataConfig, DataSplits, open_dataset, training_batches
+from softvq_lib.data import Batch, DataConfig, DataSplits, open_dataset
 from softvq_lib.losses import LossConfig
 from softvq_lib.losses.adversarial import adaptive_weight, discriminator_objective, ramp
 from softvq_lib.losses.alignment import Alignment
@@ -190,21 +190,7 @@ class TokenizerTrainer(Trainer):
         self.last_input = inputs[0].detach()
 
     def batches(self, start_step: int) -> Iterator[Batch]:
-        return training_batches(
-            self.data.train,
-            image_size=self.bare.tokenizer.config.image_size,
-            batch_size=self.settings.batch_size,
-            seed=self.settings.seed,
-            start_step=start_step,
-            steps=self.settings.steps,
-            flip=self.data_config.flip,
-            crop=self.data_config.crop,
-            workers=self.data_config.workers,
-            part=(self.rank, self.processes),
-        )
-
-    def _autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return self.image_batches(start_step, self.bare.tokenizer.config.image_size, self.data_config)
 
     def backward(self, part: Batch, first: int, share: float) -> dict[str, Tensor]:
         config, networks, images = self.loss_config, self.networks, part.images

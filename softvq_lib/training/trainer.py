@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from softvq_lib.data import Batch, DataSplits, UnreadableLog
+from softvq_lib.data import Batch, DataConfig, DataSplits, UnreadableLog, training_batches
 from softvq_lib.distributed import mean_across
 from softvq_lib.draws import Rows
 from softvq_lib.training import checkpoint, engine
@@ -381,11 +381,29 @@ class Trainer:
             return self._stop
         return bool(mean_across(torch.tensor(float(self._stop), device=self.device)) > 0)
 
+    def _autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
     # -- what each kind of model adds ----------------------------------------------------------------------------
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """This process's share of the batches from a step on."""
         raise AssertionError("each trainer has its own batches")
+
+    def image_batches(self, start_step: int, image_size: int, data: DataConfig) -> Iterator[Batch]:
+        """This process's share of the batches of training images from a step on."""
+        return training_batches(
+            self.data.train,
+            image_size=image_size,
+            batch_size=self.settings.batch_size,
+            seed=self.settings.seed,
+            start_step=start_step,
+            steps=self.settings.steps,
+            flip=data.flip,
+            crop=data.crop,
+            workers=data.workers,
+            part=(self.rank, self.processes),
+        )
 
     def backward(self, part: Batch, first: int, share: float) -> dict[str, Tensor]:
         """Add `share` of the gradient of a micro-batch's loss; return its terms, "loss" among them.
