@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softvq_lib.config import nearest
-from softvq_lib.training.run import Run, now, provenance
+from softvq_lib.training.run import now, provenance
 from softvq_lib.weights import sha256
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from softvq_lib.training.run import Run
 
 # What each row must say. `interval` names how low and high were made, "" where there is none.
 REQUIRED = {
@@ -118,7 +120,7 @@ def origin() -> dict[str, object]:
     return {"date": now(), **{name: here[name] for name in ("commit", "dirty", "code", "packages", "python")}}
 
 
-def of_run(experiment: str, run: Run) -> dict[str, object]:
+def of_run(experiment: str, run: "Run") -> dict[str, object]:
     """The entries that the rows of a training run share: its data, configuration, hardware and code."""
     manifest = run.manifest
     return {
