@@ -31,7 +31,7 @@ import yaml  # noqa: E402
 from softvq_lib.again import compare, table  # noqa: E402
 from softvq_lib.arms import measured  # noqa: E402
 from softvq_lib.config import nearest  # noqa: E402
-from softvq_lib.sweeps import LEDGER, TRAINING, Arm, Cell, executed, read_plan  # noqa: E402
+from softvq_lib.sweeps import AGAIN, LEDGER, TRAINING, Arm, Cell, executed, read_plan  # noqa: E402
 from softvq_lib.training.run import now, provenance, runs_folder  # noqa: E402
 
 NOTEBOOKS = ROOT / "book"
@@ -242,7 +242,7 @@ def rerun(arm: Arm, plan: Sequence[Arm], results: Path, runs: Path, given: dict[
     found = compare(measured(plan, results), apart)
     print(table(found))
     entry = {"arm": arm.name, "sweep": arm.sweep, "metrics": [asdict(one) for one in found], **runner.where()}
-    append_line(results / "again.jsonl", entry)
+    append_line(results / AGAIN, entry)
     return int(any(one.inside is False for one in found))
 
 

@@ -67,6 +67,24 @@ def measured(plan: Iterable[Arm], results: Path) -> list[Measured]:
 GUIDED = ", guided"  # between the run and the guidance scale, in the name of what was sampled with guidance
 
 
+# What measures a metric, by its first word: stages that an arm must have for it.
+STAGES = {
+    "training": ("train_tokenizer",),
+    "generator": ("train_generator",),
+    "reconstruction": ("evaluate",),
+    "samples": ("train_generator", "evaluate"),
+    "guided": ("train_generator", "evaluate"),
+    "probe": ("linear_probing",),
+    "latents": ("latent_space",),
+    "distillation": ("distil_encoder",),
+}
+
+
+def measures(arm: Arm, metric: str) -> bool:
+    """Whether an arm has all stages that measure a metric."""
+    return all(arm.cell(stage) for stage in STAGES[metric.partition(".")[0]])
+
+
 def by_run(results: Path) -> dict[tuple[str, str], dict[str, dict]]:
     """Rows of a folder by experiment and run that they are of, and by metric with its experiment."""
     found: dict[tuple[str, str], dict[str, dict]] = {}

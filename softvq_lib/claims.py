@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from softvq_lib.arms import Measured, key, select
+from softvq_lib.arms import STAGES, Measured, key, measures, select
 from softvq_lib.claim_forms import (
     Correlation,
     Finite,
@@ -35,17 +35,6 @@ DIRECTIONS = ("less", "greater", "within", "equal")
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided at this power"
 FOR, AGAINST, OPEN = "points for", "points against", "undecided"
 EXACT, NOT_EXACT, UNTESTED = "exact: holds", "exact: does not hold", "not testable here"
-
-_STAGES = {
-    "reconstruction": ("train_tokenizer", "evaluate"),
-    "samples": ("train_generator", "evaluate"),
-    "guided": ("train_generator", "evaluate"),
-    "probe": ("linear_probing",),
-    "latents": ("latent_space",),
-    "training": ("train_tokenizer",),
-    "generator": ("train_generator",),
-    "distillation": ("distil_encoder",),
-}
 
 
 @dataclass(frozen=True)
@@ -178,10 +167,8 @@ def _check_arms(claim: Claim, plan: Sequence[Measured]) -> None:
     for sweep, levels in asked:
         arms = select(plan, sweep, levels)
         for metric in (test.x1, test.x2, test.y) if isinstance(test, Correlation) else (claim.metric,):
-            one_of(f"{claim.id}: {metric}, measured by", metric.partition(".")[0], _STAGES)
-            if lacking := [
-                arm.arm.name for arm in arms if not all(map(arm.arm.cell, _STAGES[metric.partition(".")[0]]))
-            ]:
+            one_of(f"{claim.id}: {metric}, measured by", metric.partition(".")[0], STAGES)
+            if lacking := [arm.arm.name for arm in arms if not measures(arm.arm, metric)]:
                 raise ValueError(f"{claim.id}: {metric} is not measured in {', '.join(lacking[:4])}.")
         if sweep == claim.sweep:
             factors = list(getattr(test, "over", getattr(test, "group", ())))
@@ -327,11 +314,8 @@ def null_of(claim: Claim) -> float:
 
 def _power(claim: Claim, found: Found, alpha: float) -> tuple[float | None, int | None, str]:
     """Power of the planned pairs and pairs needed, or why there is none."""
-    if not isinstance(found.differences, tuple) or isinstance(
-        claim.test, Correlation | TimeToTarget | Recorded | Finite
-    ):
-        return None, None, ""
-    if isinstance(claim.test, Within):
+    without = Correlation | TimeToTarget | Recorded | Finite | Within
+    if not isinstance(found.differences, tuple) or isinstance(claim.test, without):
         return None, None, ""
     if found.n < 3:
         return None, None, f"power not estimable from {found.n} pair{'' if found.n == 1 else 's'}"

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from softvq_lib import config as strictly
 from softvq_lib import results as rows_of
+from softvq_lib.arms import GUIDED
 from softvq_lib.config import at_least, one_of
 from softvq_lib.data import DataConfig, DataSplits, Source, open_dataset
 from softvq_lib.data.latents import tokenizer_hash
@@ -222,7 +223,7 @@ def evaluate(**values: object) -> Evaluation:
     for scale in _scales(config) if config.generator else ():
         run, shown = _short(config.generator), []
         if scale is not None and scale == config.guided:
-            run += f", guided {scale:g}"
+            run += f"{GUIDED} {scale:g}"
         settings = _sampling(config, loaded, scale)
         samples = _samples(config, loaded, settings, tokenizer, real.facts["classes"], shown)
         about = {"judged": "samples", "generator": _short(config.generator), **_how(settings, loaded, name)}

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from softvq_lib.arms import Measured, grouped
+from softvq_lib.arms import Measured, grouped, measures
 from softvq_lib.evaluation.statistics import t_interval
 from softvq_lib.style import QUANTIZER_NAMES
 from softvq_lib.tables import provenance
@@ -53,17 +53,6 @@ METRICS = {
 }
 RECONSTRUCTION = tuple(name for name in METRICS if name.startswith("reconstruction."))
 SAMPLES, GUIDED = (tuple(n for n in METRICS if n.startswith(kind)) for kind in ("samples.", "guided."))
-
-# What measures a metric, by its first word: stages that an arm must have for it.
-_STAGES = {
-    "training": ("train_tokenizer",),
-    "generator": ("train_generator",),
-    "reconstruction": ("evaluate",),
-    "samples": ("train_generator", "evaluate"),
-    "guided": ("train_generator", "evaluate"),
-    "probe": ("linear_probing",),
-    "latents": ("latent_space",),
-}
 
 
 @dataclass(frozen=True)
@@ -137,7 +126,7 @@ def point(arms: Sequence[Measured], metric: str) -> Point | None:
 
 def planned(arms: Iterable[Measured], metric: str) -> bool:
     """Whether some of the arms have all stages that measure this."""
-    return any(all(arm.arm.cell(stage) for stage in _STAGES[metric.partition(".")[0]]) for arm in arms)
+    return any(measures(arm.arm, metric) for arm in arms)
 
 
 def missing(arms: Sequence[Measured], metric: str) -> str:

@@ -7,10 +7,9 @@ from pathlib import Path
 from softvq_lib.again import Again, table
 from softvq_lib.arms import Measured, measured
 from softvq_lib.study_cells import METRICS, Drawn
-from softvq_lib.sweeps import Arm, read_ledger
+from softvq_lib.sweeps import AGAIN, Arm, read_ledger
 
 SHOWN = ("reconstruction.psnr", "reconstruction.KID-EffLite0", "samples.KID-EffLite0", "samples.class_agreement")
-AGAIN = "again.jsonl"
 
 
 def attempt(plan: Iterable[Arm], folder: Path) -> Drawn:

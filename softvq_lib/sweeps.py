@@ -204,6 +204,7 @@ def _run_name(arm: str, experiment: str, parameters: Mapping[str, object]) -> st
 # -- the ledger: what has been executed --------------------------------------------------------------------------------
 
 LEDGER = "cells.jsonl"
+AGAIN = "again.jsonl"  # beside it: what was run once more, and how it compares
 
 
 def read_ledger(results: Path) -> list[dict]:

@@ -245,7 +245,7 @@ class GeneratorTrainer(Trainer):
         return labels if self.data.classes else torch.zeros_like(labels)
 
     def backward(self, part: LatentBatch, first: int, share: float) -> dict[str, Tensor]:
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with self._autocast():
             seen = self._seen(part)
             loss, terms = self.model(part.latents, self._labels(part.labels), self.draws("generator", first), seen)
         (share * loss).backward()
