@@ -193,8 +193,8 @@ _NAMES = {
         "none": "none",
         "efflite2": "EffLite2",
         "efflite1": "EffLite1",
-        "permuted": "EffLite2, patches dealt out at random",
-        "random": "EffLite2 with random weights",
+        "permuted": "EffLite2, patches permuted",
+        "random": "EffLite2, random weights",
     },
     "latents": {"aligned": "aligned with EffLite2", "unaligned": "not aligned"},
 }
@@ -232,7 +232,6 @@ def table(
     *,
     floors: bool = False,
     names: Mapping[str, Mapping[str, str]] | None = None,
-    more: Mapping[str, Mapping[tuple[str, ...], str]] | None = None,
 ) -> Drawn:
     """One line a design point: its levels, how many seeds are done, and its numbers with intervals.
 
@@ -240,7 +239,6 @@ def table(
         factors: Factor to the head of its column, all but the seed.
         floors: Add what real images have: KID, distances, precision and recall of their halves, and their agreement.
         names: Factor to its levels' names, where they differ from the usual ones.
-        more: Head of a further column of words to its cells by levels.
     """
     groups = over_seeds(arms, tuple(factors))
     points = [point(group, metric) for _, group in groups for metric in metrics]
@@ -256,11 +254,11 @@ def table(
         cells += [cell(group, metric, mark) for metric in metrics]
         if len(set(cells[-len(metrics) :])) == 1 and all(arm.arm.unavailable for arm in group):
             cells[-len(metrics) + 1 :] = ["not run"] * (len(metrics) - 1)  # why stands in the first
-        lines.append(cells + [column.get(levels, "") for column in (more or {}).values()])
+        lines.append(cells)
     if floors and (real := _floors(arms, metrics)):
-        lines.append(["*real images*"] + [""] * len(factors) + real + [""] * len(more or {}))
-    heads = [*factors.values(), "seeds", *(METRICS[metric].head for metric in metrics), *(more or {})]
-    rule = "|" + "---|" * len(factors) + "--:|" * (1 + len(metrics)) + "---|" * len(more or {})
+        lines.append(["*real images*"] + [""] * len(factors) + real)
+    heads = [*factors.values(), "seeds", *(METRICS[metric].head for metric in metrics)]
+    rule = "|" + "---|" * len(factors) + "--:|" * (1 + len(metrics))
     written = ["| " + " | ".join(line) + " |" for line in [heads, *lines]]
     parts = [of_which(points), "\n".join([written[0], rule, *written[1:]])]
     return Drawn("\n\n".join(filter(None, parts)), rows_shown(arms, metrics))

@@ -4,6 +4,7 @@ No column holds the paper's numbers and measured ones: they are of different ima
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -132,11 +133,14 @@ PAPER_SETTINGS = {
 
 def alignment(arms: Sequence[Measured]) -> Drawn:
     """Initial weights x target, with the controls of the target; cells of the paper that cannot be run say why."""
-    mine = select(arms, "alignment")
-    own = {key: f"`{name}.yaml`" for key, name in PAPER_SETTINGS.items()}
     factors = {"init": "enc. init.", "target": "align. target"}
-    metrics = (PSNR, RFD, PROBE, KID, AGREEMENT)
-    return table(mine, factors, metrics, floors=True, more={"of the paper's size, `params/paper/train_tokenizer`": own})
+    drawn = table(select(arms, "alignment"), factors, (PSNR, RFD, PROBE, KID, AGREEMENT), floors=True)
+    files = [
+        f"{label('init', init)} / {label('target', target)}: `{name}.yaml`"
+        for (init, target), name in PAPER_SETTINGS.items()
+    ]
+    own = "Settings of the paper's size are in `params/paper/train_tokenizer`, by initialisation / target: "
+    return replace(drawn, content=f"{drawn.content}\n\n{own}{', '.join(files)}.")
 
 
 def repa(arms: Sequence[Measured]) -> Drawn:
