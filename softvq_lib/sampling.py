@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -11,18 +11,25 @@ import torch
 from torch import Tensor
 
 from softvq_lib import config as strictly
-from softvq_lib.config import at_least, nearest, one_of
-from softvq_lib.data import DataConfig, digits, open_dataset, shapes
+from softvq_lib.config import at_least, nearest, one_of, some
+from softvq_lib.data import DataConfig, digits, mixed, open_dataset, photographs, shapes
+from softvq_lib.data.latents import tokenizer_hash
 from softvq_lib.evaluation import export
 from softvq_lib.generators.loading import Loaded, load_generator
 from softvq_lib.generators.sampling import SampleConfig, generate
+from softvq_lib.pictures import Pictures, class_folders, write_pictures
 from softvq_lib.tokenizers import Tokenizer
 from softvq_lib.training.engine import choose_device
 from softvq_lib.training.generator import find_tokenizer
 from softvq_lib.training.generator import train_generator as train
 from softvq_lib.training.run import runs_folder
 
-_EMBEDDED = {"digits": digits.CLASSES, "shapes": shapes.CLASSES}
+_EMBEDDED = {
+    "digits": digits.CLASSES,
+    "shapes": shapes.CLASSES,
+    "photographs": photographs.CLASSES,
+    "mixed": mixed.CLASSES,
+}
 _IMAGENET = "ILSVRC/imagenet-1k"
 _BAR_AFTER = 2.0  # seconds; shorter sampling shows no bar
 
@@ -212,7 +219,7 @@ def find_generator(name: str, runs: str | None = None) -> Path | str:
     if name.count("/") == 1 and not folder.exists():
         return name
     there = sorted(path.parents[1].name for path in home.glob("*/generator/model.safetensors"))
-    listed = f"Finished there: {', '.join(there)}." if there else "None is finished there yet."
+    listed = f"Finished there: {some(there)}." if there else "None is finished there yet."
     raise ValueError(
         f"generator={name!r} is no folder with a generator, no finished run of {home} and no hub name"
         f"{nearest(name, there) or '.'} {listed}"
@@ -277,6 +284,53 @@ def sample_generator(**values: object) -> SampleExperiment:
     if config.npz:
         export.merge_npz(experiment.folder)
     return experiment
+
+
+def sample_pictures(
+    out: str | Path, *, each: int = 8, overwrite: bool = False, progress: bool = True, **values: object
+) -> Pictures:
+    """Sample a finished generator by class into PNG files, or go on where that was interrupted.
+
+    The pictures are the first ones of each class that a balanced export of the same seed has. They lie in a folder a
+    class, as `open_dataset` reads them. More of each class, or more classes, may be asked for later.
+
+    Args:
+        out: Folder of these pictures alone.
+        each: Pictures of a class.
+        overwrite: Remove first the pictures that an earlier call wrote into the folder.
+        progress: Show a progress bar.
+        values: Fields of `SampleExperimentConfig`. `classes` None is all of them; `columns` and the export have no
+            meaning here.
+
+    Raises:
+        ValueError: as `sample_generator`, and for a folder that holds something else or, unless `overwrite`, other
+            pictures.
+        OSError: when the disk is full on the way, or the hub cannot be reached.
+    """
+    at_least("each", each, 1)
+    found = sample_generator(**values | {"columns": each})
+    labels = found.labels
+    if values.get("classes") is None:
+        labels = torch.arange(len(found.classes)).repeat_interleave(each)
+    found = replace(found, labels=labels)
+    seeds, folders = found.seeds, class_folders(found.classes)
+    names = [f"{folders[label]}/{number % each:05d}.png" for number, label in enumerate(labels.tolist())]
+    identity = {
+        "what": "samples",
+        "generator": tokenizer_hash(found.loaded.model),
+        "tokenizer": tokenizer_hash(found.tokenizer),
+        "image_size": found.tokenizer.config.image_size,
+        "settings": asdict(found.settings),
+        "seed": found.seed,
+    }
+
+    def make(rows: range) -> Tensor:
+        part = slice(rows.start, rows.stop)
+        return found.sample(labels[part], seeds[part])
+
+    options = {"batch_size": found.batch_size, "overwrite": overwrite, "progress": progress}
+    options |= {"convention": str(values.get("convention", SampleExperimentConfig.convention))}
+    return write_pictures(out, names, make, identity=identity, **options)
 
 
 def _trained_on(loaded: Loaded, run: Path | None) -> str | None:

@@ -257,7 +257,7 @@ def _from_hub(name: str) -> Iterator[None]:
         raise ValueError(
             f"dataset='{name}' is no local folder and could not be had from the Hugging Face hub: "
             f"{_first_line(error)} Check the name, the network and, for a gated data set, `hf auth login`; "
-            "without a network use digits, shapes, a folder or parquet files."
+            "without a network use digits, shapes, photographs, mixed, a folder or parquet files."
         ) from error
 
 
@@ -299,7 +299,7 @@ def missing(path: Path, dataset: str) -> ValueError:
     hint = nearest(part, sorted(entry.name for entry in known.iterdir())) if os.access(known, os.R_OK) else ""
     return ValueError(
         f"dataset='{dataset}': there is no such folder or file; '{known}' holds no '{part}'{hint} "
-        "Give an existing folder of images, parquet files, WebDataset shards, or digits or shapes."
+        "Give an existing folder of images, parquet files, WebDataset shards, or one of digits, shapes, photographs and mixed."
     )
 
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from softvq_lib.config import at_least, fingerprint, nearest
-from softvq_lib.data import digits, files, shapes
+from softvq_lib.data import digits, files, mixed, photographs, shapes
 from softvq_lib.data.shards import SUFFIXES, label_values, open_shards
 from softvq_lib.data.source import Source, fixed_order
 from softvq_lib.data.streams import RULE, StreamedSource
 from softvq_lib.data.tables import TableSource, choose_columns, find_columns, name_classes
 
-EMBEDDED = ["digits", "shapes"]
+EMBEDDED = ["digits", "shapes", "photographs", "mixed"]
 HOLD_OUT = 0.05
 HOLD_OUT_MOST = 5000
 
@@ -21,8 +21,8 @@ class DataConfig:
     """The flat parameters that concern data.
 
     Attributes:
-        dataset: ``digits``, ``shapes``, a folder, a parquet file or WebDataset shard (.tar) or a pattern of them, or
-            a hub name ``owner/name``.
+        dataset: ``digits``, ``shapes``, ``photographs``, ``mixed``, a folder, a parquet file or WebDataset shard
+            (.tar) or a pattern of them, or a hub name ``owner/name``.
         image_column: column of the pictures; None: found.
         label_column: column of the labels; None: found, and none is fine.
         flip: mirror training pictures left-right at random.
@@ -48,7 +48,9 @@ class DataConfig:
 
     def __post_init__(self):
         if not self.dataset.strip():
-            raise ValueError("dataset is empty: give digits, shapes, a folder, parquet or tar files, or a hub name.")
+            raise ValueError(
+                "dataset is empty: give digits, shapes, photographs, mixed, a folder, parquet or tar files, or a hub name."
+            )
         at_least("crop", self.crop, 1)
         at_least("limit", self.limit, 1)
         at_least("workers", self.workers, 0)
@@ -91,8 +93,8 @@ def open_dataset(config: DataConfig, image_size: int) -> DataSplits:
 
     Args:
         config: which data set, and how.
-        image_size: side in pixels at which `shapes` are drawn; the others keep their stored size until a batch
-            is made.
+        image_size: side in pixels at which `shapes` and `photographs` are drawn; the others keep their stored size
+            until a batch is made.
 
     Raises:
         ValueError: the data set is not known, missing, empty or damaged; the message names the remedy.
@@ -165,6 +167,13 @@ def _streamed(config: DataConfig, streams: files.Streams) -> DataSplits:
     return DataSplits(train, validation, streams.name, fingerprint(identity), columns.classes)
 
 
+_DRAWN = {
+    "shapes": (shapes.ShapesSource, shapes.shapes_identity, shapes.CLASSES),
+    "photographs": (photographs.PhotographsSource, photographs.photographs_identity, photographs.CLASSES),
+    "mixed": (mixed.MixedSource, mixed.mixed_identity, mixed.CLASSES),
+}
+
+
 def _embedded(config: DataConfig, image_size: int) -> DataSplits:
     if config.streaming:
         raise ValueError(f"streaming has no meaning for dataset='{config.dataset}', which is in memory: leave it out.")
@@ -178,10 +187,10 @@ def _embedded(config: DataConfig, image_size: int) -> DataSplits:
         train, validation = digits.DigitsSource("train", config.limit), digits.DigitsSource("validation")
         identity, classes = digits.digits_identity(), digits.CLASSES
     else:
-        train = shapes.ShapesSource("train", image_size, config.limit)
-        validation = shapes.ShapesSource("validation", image_size)
-        identity, classes = shapes.shapes_identity(), shapes.CLASSES
-    identity |= {"train": len(train), "validation": len(validation)}
+        drawn, identity, classes = _DRAWN[config.dataset]
+        train, validation = drawn("train", image_size, config.limit), drawn("validation", image_size)
+        identity = identity()
+    identity = identity | {"train": len(train), "validation": len(validation)}
     return DataSplits(train, validation, config.dataset, fingerprint(identity), list(classes))
 
 
