@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from softvq_lib.config import at_least
 from softvq_lib.draws import Draws
+from softvq_lib.tokenizers.attention import distance_operands, scores
 from softvq_lib.tokenizers.quantizer import CodebookQuantizer, fp32, in_fp32, kl_term
 
 SHARPER = 7  # tau / T of the release: 0.07 / 0.01
@@ -49,19 +50,23 @@ class GMMVQ(CodebookQuantizer):
             return F.softplus(self.to_omega(fp32(z_hat)))
 
     def _log_q(self, z_hat: Tensor, omega: Tensor) -> Tensor:
-        distances = torch.cdist(self.segments(fp32(z_hat)), fp32(self.codebook))  # (n, t, k)
+        z, c = self.segments(fp32(z_hat)), fp32(self.codebook)
+        if torch.compiler.is_compiling():  # cdist's way of computing follows from the batch's size; a graph has but one
+            distances = -scores(*distance_operands(z, c), root=True)  # (n, t, k)
+        else:
+            distances = torch.cdist(z, c)
         return F.log_softmax(-self.segments(omega) * distances, dim=-1)
 
     def log_posterior(self, z_hat: Tensor, omega: Tensor | None = None) -> Tensor:
         """Return log q(k|x), (b, l, k), each token over its own codebook; at omega (b, l, 1) if given."""
         with in_fp32(z_hat):
             log_q = self._log_q(z_hat, self.omega(z_hat) if omega is None else omega)
-            return self.unsegment(log_q, len(z_hat))
+            return self.unsegment(log_q, z_hat.shape[0])
 
     def forward(self, z_hat: Tensor, draws: Draws = None) -> tuple[Tensor, dict[str, Tensor]]:
         with in_fp32(z_hat):
             omega = self.omega(z_hat)
-            z = self.unsegment(self._log_q(z_hat, omega).exp() @ fp32(self.codebook), len(z_hat))
+            z = self.unsegment(self._log_q(z_hat, omega).exp() @ fp32(self.codebook), z_hat.shape[0])
             if not self.training:
                 return z, {}
             return z, {"kl": kl_term(self._log_q(z_hat, SHARPER * omega), pooled=False)}

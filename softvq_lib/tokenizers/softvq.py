@@ -23,6 +23,7 @@ the sphere, hence its larger tau.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -122,7 +123,7 @@ class SoftVQ(CodebookQuantizer):
         with in_fp32(z_hat):
             q, k, _ = self._operands(z_hat)
             log_q = F.log_softmax(scores(q, k, root=self.form.root) / self.temperature, dim=-1)  # (n, t, k)
-            return self.unsegment(log_q, len(z_hat))
+            return self.unsegment(log_q, z_hat.shape[0])
 
     def forward(self, z_hat: Tensor, draws: Draws = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Quantize encoder outputs (b, l, d).
@@ -136,6 +137,8 @@ class SoftVQ(CodebookQuantizer):
             losses = {}
             if not self.training and not self.form.root:
                 z = attend(q, k, c, self.temperature)
+            elif not self.training and torch.compiler.is_compiling():  # no graph can hold a loop over chunks
+                z = F.softmax(scores(q, k, root=True) / self.temperature, dim=-1) @ c
             else:
                 entropy_temperature = self.entropy_temperature if self.training else None
                 z, kl = assign(
@@ -143,4 +146,4 @@ class SoftVQ(CodebookQuantizer):
                 )
                 if self.training:
                     losses["kl"] = kl
-            return self.unsegment(z, len(z_hat)), losses
+            return self.unsegment(z, z_hat.shape[0]), losses

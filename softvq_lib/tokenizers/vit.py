@@ -106,7 +106,7 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         patches = self.vit.patch_embed(images)  # (b, n, c)
-        latents = (self.latent_tokens + self.latent_pos_embed).expand(len(images), -1, -1)  # (b, l, c)
+        latents = (self.latent_tokens + self.latent_pos_embed).expand(images.shape[0], -1, -1)  # (b, l, c)
         return _run(self.vit, patches, latents)[:, -self.latent_tokens.shape[1] :]  # (b, l, c)
 
 
@@ -125,7 +125,7 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         n = self.side**2
-        masks = self.mask_token.expand(len(latents), n, -1)  # (b, n, c)
+        masks = self.mask_token.expand(latents.shape[0], n, -1)  # (b, n, c)
         prefix = self.vit.num_prefix_tokens
         x = _run(self.vit, masks, latents + self.latent_pos_embed)[:, prefix : prefix + n]  # (b, n, c)
         pixels = self.to_pixels(x)

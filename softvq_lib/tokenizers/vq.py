@@ -97,7 +97,7 @@ class VQ(CodebookQuantizer):
             best = distances.argmin(-1)  # (n, t)
             chosen = _pick(c, best)  # (n, t, d)
             if not self.training:
-                return self.unsegment(chosen, len(z_hat)), {}
+                return self.unsegment(chosen, z_hat.shape[0]), {}
             losses = {"commit": F.mse_loss(z, chosen.detach())}
             if self.ema is None:
                 losses["codebook"] = F.mse_loss(chosen, z.detach())
@@ -105,11 +105,11 @@ class VQ(CodebookQuantizer):
                 log_q = F.log_softmax(-distances / self.entropy_temperature, dim=-1)
                 losses["kl"] = kl_term(log_q, pooled=False, floor=1e-5)
             self._count(z.detach(), best)
-            return self.unsegment(z + (chosen - z).detach(), len(z_hat)), losses
+            return self.unsegment(z + (chosen - z).detach(), z_hat.shape[0]), losses
 
     def indices(self, z_hat: Tensor) -> Tensor:
         with in_fp32(z_hat), torch.no_grad():
-            return self.unsegment(_squared_distances(self._points(z_hat), self.codewords()).argmin(-1), len(z_hat))
+            return self.unsegment(_squared_distances(self._points(z_hat), self.codewords()).argmin(-1), z_hat.shape[0])
 
     def log_posterior(self, z_hat: Tensor) -> Tensor:
         """Return log q(k|x), (b, l, k): 0 at the nearest codeword and -inf elsewhere."""
