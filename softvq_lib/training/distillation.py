@@ -24,7 +24,6 @@ from softvq_lib.tokenizers import Tokenizer, TokenizerConfig
 from softvq_lib.tokenizers.vit import Encoder, patch_outputs
 from softvq_lib.training import engine
 from softvq_lib.training.config import TrainConfig
-from softvq_lib.training.files import check_writable
 from softvq_lib.training.run import Run, open_run, runs_folder, slug
 from softvq_lib.training.teacher import TeacherTokens, check_unchanging, teacher_tokens
 from softvq_lib.training.trainer import Trainer
@@ -101,9 +100,7 @@ def distil(**parameters: object) -> Run:
     }
     run = open_run(f"{slug(data.name)}-{config.preset}-distilled-{slug(config.teacher)}", identity, settings)
     run.data = data
-    if run.finished:
-        run.warn_if_code_changed()
-        log.info("run %s is finished: it is loaded, not trained again.", run.name)
+    if run.found_finished():
         return run
     teacher = build_features(
         config.teacher,
@@ -113,12 +110,7 @@ def distil(**parameters: object) -> Run:
         patch_size=sizes.patch_size,
     )
     trainer = DistilTrainer(run, teacher, data, config, data_config, settings)
-    if trainer.main:
-        check_writable(run.path, needed=trainer.checkpoint_bytes * (settings.keep + 1))
-        run.claim(parameters, settings.change)
-    with engine.log_to(run.path / "log.txt" if trainer.main else None):
-        trainer.fit()
-    return run
+    return trainer.run_to_the_end(parameters)
 
 
 class Distilled(nn.Module):

@@ -1,10 +1,17 @@
-"""Writing files so that a crash never leaves half of one."""
+"""Writing files so that a crash never leaves half of one, and that two processes never write the same."""
 
+import fcntl
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+LOCK = ".lock"
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -65,3 +72,28 @@ def check_writable(folder: Path, needed: int) -> None:
         raise ValueError(
             f"{folder} cannot be written to ({error.strerror}): choose another folder with runs, or mend its rights."
         ) from error
+
+
+@contextmanager
+def locked(folder: Path, doing: str, *, otherwise: str | None = None) -> Iterator[None]:
+    """Hold a folder, so that no other process works in it at the same time.
+
+    Args:
+        folder: An existing folder; the lock is a file in it.
+        doing: What is done with it, a participle for messages: "filled".
+        otherwise: What to do when another process holds the folder, in words for the error's message. None: wait.
+
+    Raises:
+        ValueError: when another process holds it, unless this one waits.
+    """
+    with open(folder / LOCK, "w") as file:
+        # Let go by the system when the process dies, and not inherited by loader processes that outlive it.
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            busy = f"{folder} is being {doing} by another process"
+            if otherwise is not None:
+                raise ValueError(f"{busy}: wait for it, or {otherwise}.") from None
+            log.info("%s: waiting for it.", busy)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        yield

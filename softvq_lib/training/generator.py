@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from softvq_lib import config as strictly
-from softvq_lib.config import one_of
+from softvq_lib.config import nearest, one_of, some
 from softvq_lib.data import DataConfig, DataSplits, open_dataset, validation_batches
 from softvq_lib.data.latents import NORMALISE, LatentBatch, LatentCache, latent_batches, tokenizer_hash
 from softvq_lib.draws import Rows
@@ -98,9 +98,10 @@ def find_tokenizer(name: str, runs: str | None = None) -> Tokenizer:
     if name.count("/") == 1 and not folder.exists():
         return Tokenizer.from_pretrained(name).eval()
     there = sorted(path.parents[1].name for path in runs_folder(runs).glob("*/tokenizer/model.safetensors"))
-    listed = f" Trained there: {', '.join(there)}." if there else " None is trained there yet."
+    listed = f"Trained there: {some(there)}." if there else "None is trained there yet."
     raise ValueError(
-        f"tokenizer={name!r} is no folder with a tokenizer, no run of {runs_folder(runs)} and no hub name.{listed}"
+        f"tokenizer={name!r} is no folder with a tokenizer, no run of {runs_folder(runs)} and no hub name"
+        f"{nearest(name, there) or '.'} {listed}"
     )
 
 

@@ -39,6 +39,7 @@ from softvq_lib.training.run import LOCK, provenance
 log = logging.getLogger(__name__)
 
 DTYPES = ("float32", "float16")
+PARTIAL, FINISHED = "partial", "finished"  # `status` of a header; a partial cache goes on when it is encoded again
 
 
 def encode_dataset(
@@ -55,6 +56,7 @@ def encode_dataset(
     precision: str = "fp32",
     workers: int | None = None,
     progress: bool = True,
+    unreadable: float = 0.01,
 ) -> LatentCache:
     """Encode the images of a data set, cropped in the centre, or open the cache when they are encoded already.
 
@@ -73,6 +75,7 @@ def encode_dataset(
         precision: As in `TrainConfig`.
         workers: Loader processes; None as in `DataConfig`.
         progress: Show a progress bar.
+        unreadable: Largest share of the images that may be left out because they cannot be read, from 0 to 1.
 
     Raises:
         ValueError: for an argument out of range; a folder that holds something else, or latents of another tokenizer,
@@ -83,6 +86,8 @@ def encode_dataset(
     one_of("precision", precision, ("auto", "bf16", "fp32"))
     at_least("batch_size", batch_size, 1)
     at_least("shard_size", shard_size, 1)
+    if not 0 <= unreadable <= 1:
+        raise ValueError(f"unreadable={unreadable!r} is a share of the images: give a number from 0 to 1.")
     home = next(tokenizer.parameters()).device
     place = home if device is None else engine.choose_device(device)
     autocast = engine.choose_precision(precision, place)
@@ -103,6 +108,7 @@ def encode_dataset(
         "shard_size": shard_size,
         "name": data.name,
         "classes": data.classes,
+        "status": PARTIAL,
         "shards": [],
     }
     assert set(IDENTITY) <= set(header)
@@ -117,7 +123,8 @@ def encode_dataset(
         was_training = tokenizer.training
         try:
             tokenizer.to(place).eval()
-            _encode(tokenizer, source, folder, header, kept, spans, batch_size, autocast, workers, progress)
+            account = UnreadableLog(len(source), unreadable)
+            _encode(tokenizer, source, folder, header, kept, spans, batch_size, autocast, workers, progress, account)
         finally:
             tokenizer.to(home).train(was_training)
         header["shards"] = [kept[name] for name in sorted(kept)]
@@ -163,11 +170,11 @@ def _encode(
     autocast: torch.dtype,
     workers: int | None,
     progress: bool,
+    account: UnreadableLog,
 ) -> None:
     """Make the shards that are missing from `kept`, and add their entries to it and to the header on the disk."""
     from tqdm import tqdm
 
-    account = UnreadableLog(len(source))
     missing = {}
     for number, span in enumerate(spans):
         name = f"shard-{number:05d}.safetensors"
@@ -249,6 +256,7 @@ def _summary(folder: Path, header: dict) -> dict:
     mean, std = exact_statistics(shard["latents"] for shard in shards)
     versions = provenance()
     return {
+        "status": FINISHED,
         "count": len(present),
         "left_out": np.setdiff1d(np.arange(header["images"]), present).tolist(),
         "mean": mean,

@@ -1,13 +1,12 @@
 """A run: a directory named by its configuration, holding manifest, metrics, checkpoints and the tokenizer."""
 
-import fcntl
 import json
 import logging
 import os
 import platform
 import re
 import subprocess
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib import metadata
@@ -15,12 +14,11 @@ from pathlib import Path
 
 from softvq_lib import ROOT, config
 from softvq_lib.training.config import TrainConfig
-from softvq_lib.training.files import read_lines, write_json
+from softvq_lib.training.files import locked, read_lines, write_json
 
 log = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "datasets")
-LOCK = ".lock"
 
 
 def runs_folder(runs: str | None) -> Path:
@@ -191,30 +189,25 @@ class Run:
         names = sorted(k for k in {*theirs, *self.identity} if theirs.get(k) != self.identity.get(k))
         return "; ".join(f"{k}: {theirs.get(k)!r} there, {self.identity.get(k)!r} asked for" for k in names)
 
-    @contextmanager
-    def locked(self):
+    def locked(self) -> AbstractContextManager[None]:
         """Hold the run, so that no other process trains it at the same time.
 
         Raises:
             ValueError: when another process holds it.
         """
-        with open(self.path / LOCK, "w") as file:
-            try:
-                # Let go by the system when the process dies, and not inherited by loader processes that outlive it.
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ValueError(
-                    f"{self.path} is being trained by another process: wait for it, or choose another run name."
-                ) from None
-            yield
+        return locked(self.path, "trained", otherwise="choose another run name")
 
-    def warn_if_code_changed(self) -> None:
-        """Log a warning when the library has changed since this run began."""
+    def found_finished(self) -> bool:
+        """Whether it is finished, and to be loaded: logged, with a warning when the library has changed since."""
+        if not self.finished:
+            return False
         if self.manifest.get("code") not in (None, code_hash()):
             log.warning(
                 "%s was trained with other code of softvq_lib than today's: delete its folder to train it anew.",
                 self.name,
             )
+        log.info("run %s is finished: it is loaded, not trained again.", self.name)
+        return True
 
 
 def open_run(name: str, identity: dict[str, object], settings: TrainConfig) -> Run:

@@ -4,13 +4,9 @@ They are rounded to float16 (by at most 2^-11 of each number, which no cosine no
 into memory. It is filled in the order of the images; the header is written last, and says that all are there.
 """
 
-import fcntl
 import json
-import logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +20,8 @@ from softvq_lib.data.images import to_tensor
 from softvq_lib.data.loading import _loader, _Maker, worker_count
 from softvq_lib.features import Features
 from softvq_lib.training import engine
-from softvq_lib.training.files import write_json
-from softvq_lib.training.run import LOCK, provenance, runs_folder, slug
-
-log = logging.getLogger(__name__)
+from softvq_lib.training.files import locked, write_json
+from softvq_lib.training.run import provenance, runs_folder, slug
 
 HEADER, TOKENS = "teacher.json", "tokens.f16"
 BATCH = 64  # images at once
@@ -120,7 +114,7 @@ def teacher_tokens(
     if header := _whole(folder, identity):
         return TeacherTokens(folder, header)
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    with locked(folder, "filled"):
         header = _whole(folder, identity)  # another process may have done it in the meantime
         if header is None:
             header = identity | _fill(folder, identity, teacher, data.train, data_config.workers, parameter)
@@ -151,18 +145,6 @@ def _whole(folder: Path, identity: dict) -> dict | None:
     if found != header["bytes"]:
         raise ValueError(f"{folder / TOKENS} is torn: {header['bytes']} bytes expected, {found} found: {remedy}.")
     return header
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold a folder; wait while another process holds it."""
-    with open(folder / LOCK, "w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            log.info("%s is being filled by another process: waiting for it.", folder)
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
 
 
 class _Shown(_Maker):

@@ -23,7 +23,7 @@ from softvq_lib.tokenizers.tokenizer import Code
 from softvq_lib.training import engine
 from softvq_lib.training.config import TrainConfig
 from softvq_lib.training.distillation import find_encoder, start_encoder
-from softvq_lib.training.files import check_writable, write_whole
+from softvq_lib.training.files import write_whole
 from softvq_lib.training.run import Run, open_run, slug
 from softvq_lib.training.teacher import TeacherTokens, check_unchanging, teacher_tokens
 from softvq_lib.training.trainer import Trainer
@@ -83,18 +83,11 @@ def train(**parameters: object) -> Run:
     name = f"{tokenizer_config.preset}-{tokenizer_config.quantizer}-{tokenizer_config.tokens}x{tokenizer_config.dim}"
     run = open_run(f"{slug(data.name)}-{name}", identity, settings)
     run.data = data
-    if run.finished:
-        run.warn_if_code_changed()
-        log.info("run %s is finished: it is loaded, not trained again.", run.name)
+    if run.found_finished():
         return run
     networks = build_networks(loss_config, tokenizer_config, settings.seed)
     trainer = TokenizerTrainer(run, tokenizer, networks, data, data_config, loss_config, settings)
-    if trainer.main:
-        check_writable(run.path, needed=trainer.checkpoint_bytes * (settings.keep + 1))
-        run.claim(parameters, settings.change)
-    with engine.log_to(run.path / "log.txt" if trainer.main else None):
-        trainer.fit()
-    return run
+    return trainer.run_to_the_end(parameters)
 
 
 def _build(config: TokenizerConfig, seed: int) -> tuple[Tokenizer, TokenizerConfig]:

@@ -20,7 +20,7 @@ from softvq_lib.draws import Rows
 from softvq_lib.training import checkpoint, engine
 from softvq_lib.training.average import Average
 from softvq_lib.training.config import TrainConfig
-from softvq_lib.training.files import read_lines, write_whole
+from softvq_lib.training.files import check_writable, read_lines, write_whole
 from softvq_lib.training.run import Run, now, provenance
 
 log = logging.getLogger(__name__)
@@ -254,6 +254,19 @@ class Trainer:
             gradient.copy_(mean.view_as(gradient))
 
     # -- the loop ------------------------------------------------------------------------------------------------
+
+    def run_to_the_end(self, requested: dict) -> Run:
+        """Claim the run's folder for the parameters that were asked for, and `fit`, keeping a log there.
+
+        Raises:
+            ValueError: for a folder without room, that cannot be written to, or that holds anything else.
+        """
+        if self.main:
+            check_writable(self.run.path, needed=self.checkpoint_bytes * (self.settings.keep + 1))
+            self.run.claim(requested, self.settings.change)
+        with engine.log_to(self.run.path / "log.txt" if self.main else None):
+            self.fit()
+        return self.run
 
     def fit(self) -> None:
         """Run all steps that are left, then export the averaged model.
