@@ -24,7 +24,7 @@ from softvq_lib.generators.sampling import SampleConfig, generate
 from softvq_lib.tokenizers import Tokenizer
 from softvq_lib.training import engine
 from softvq_lib.training.config import TrainConfig
-from softvq_lib.training.files import check_writable, write_whole
+from softvq_lib.training.files import write_whole
 from softvq_lib.training.latents import encode_dataset
 from softvq_lib.training.run import Run, open_run, runs_folder, slug
 from softvq_lib.training.teacher import TeacherTokens, check_unchanging, teacher_tokens
@@ -158,9 +158,7 @@ def train_generator(**parameters: object) -> Run:
         f"{slug(data.name)}-{config.generator}-{config.size}-{config.tokens}x{config.dim}", identity, settings
     )
     run.data, run.tokenizer = data, tokenizer
-    if run.finished:
-        run.warn_if_code_changed()
-        log.info("run %s is finished: it is loaded, not trained again.", run.name)
+    if run.found_finished():
         return run
     cache = _cache(identity["tokenizer"], tokenizer, data, data_config, latent, settings, accelerator)
     teacher = None if latent.align_teacher is None else build_features(latent.align_teacher)
@@ -171,11 +169,7 @@ def train_generator(**parameters: object) -> Run:
     if trainer.main:
         # What this generator cannot be sampled with is found now, and not in the middle of training.
         generate(trainer.measured, torch.zeros(1, dtype=torch.long), [0], samples)
-        check_writable(run.path, needed=trainer.checkpoint_bytes * (settings.keep + 1))
-        run.claim(parameters, settings.change)
-    with engine.log_to(run.path / "log.txt" if trainer.main else None):
-        trainer.fit()
-    return run
+    return trainer.run_to_the_end(parameters)
 
 
 def _cache(

@@ -4,13 +4,11 @@
 rounded to float16 (by at most 2^-11 of each number), half as large.
 """
 
-import fcntl
 import hashlib
 import logging
 import math
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 
@@ -33,8 +31,8 @@ from softvq_lib.data.latents import (
 )
 from softvq_lib.tokenizers import NotFiniteError, Tokenizer
 from softvq_lib.training import engine
-from softvq_lib.training.files import write_json, write_whole
-from softvq_lib.training.run import LOCK, provenance
+from softvq_lib.training.files import LOCK, locked, write_json, write_whole
+from softvq_lib.training.run import provenance
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +116,7 @@ def encode_dataset(
     if len(kept) == len(spans) and "mean" in read_header(folder):
         return LatentCache.open(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder, "filled", otherwise="choose another folder"):
         kept = _kept(folder, header)  # another process may have gone on in the meantime
         was_training = tokenizer.training
         try:
@@ -302,15 +300,3 @@ def column_sums(x: np.ndarray) -> np.ndarray:
         total += np.array([Fraction(number) * Fraction(unit) for number in whole.sum(axis=0).tolist()])
         x = x - whole * unit
     return total
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with open(folder / LOCK, "w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(
-                f"{folder} is being filled by another process: wait for it, or choose another folder."
-            ) from None
-        yield
