@@ -23,6 +23,7 @@ def audit(paper: Iterable[dict], checks: Sequence[Check] = CHECKS) -> list[Audit
 
     Args:
         paper: As `results.read_paper` returns it.
+        checks: What is checked; by default all checks.
 
     Raises:
         ValueError: a number that a check needs is missing, or what it counts cannot be built.

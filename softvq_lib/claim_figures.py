@@ -16,6 +16,7 @@ def forest(verdicts: Sequence[Verdict], limit: float = 6.0, width: float = WIDTH
     An equivalence is drawn with its own sign, beside the margins -1 and 1. Open marks are single pairs.
 
     Args:
+        verdicts: Drawn in their order; those without a number are left out.
         limit: Where intervals are cut, with an arrow.
         width: Inches.
     """

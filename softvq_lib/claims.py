@@ -232,6 +232,7 @@ def verdicts(
     """Decide on every claim of a registry.
 
     Args:
+        registry: The claims, with the level alpha.
         arms: The plan joined with its rows, as `softvq_lib.arms.measured` returns it.
         paper: The paper's own numbers, for what is derived from them.
         recorded: Rows that were recorded apart from the study.

@@ -54,7 +54,10 @@ class EvaluationRows:
         """Add a row a measure of all images together, and return the notes that belong beside them.
 
         Args:
+            run: Name of what is judged, in the rows.
             about: For the rows' `config`; `judged` says what, a key of `KINDS`.
+            made: Of the images that are judged.
+            real: Of the reference.
             bias: Add the curves of the Fréchet distance against the number of images.
         """
         kind = KINDS[about["judged"]]
@@ -83,7 +86,11 @@ class EvaluationRows:
         """Add a row FD∞ with the curve that leads to it, of each space that has fewer dimensions than there are images.
 
         Args:
+            run: Name of what is judged, in the rows.
+            about: For the rows' `config`.
             kind: As in `fidelity`.
+            ours: Moments of groups of the judged images, in their order.
+            theirs: Of the reference, likewise.
             whole: Not only on 64 projections, but also on all features.
         """
         label, width = self.asked["extractor"], len(ours[0].mean)

@@ -115,6 +115,8 @@ def attention_maps(rows: list[dict], arrays: dict[str, np.ndarray], block: int |
     Colours are multiples of an even spread, the same in all panels; 1 would be no preference.
 
     Args:
+        rows: Of the measurement, the first of which names the block.
+        arrays: Kept with the rows.
         block: Of the encoder, from 1. None: the one that the rows name, or the mean over all.
     """
     if "attention" not in arrays:

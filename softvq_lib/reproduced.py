@@ -297,6 +297,7 @@ def link(pages: Sequence[str], folder: Path) -> str:
     """Link the first of these pages that is there, from a page one folder down; "" where none is.
 
     Args:
+        pages: Names without suffix, the most wanted first.
         folder: Where the pages are.
     """
     for page in pages:
@@ -310,6 +311,8 @@ def table(lines: Iterable[Line], place: str, folder: Path) -> str:
     """One line a number of a place: the paper's value, and what becomes of it.
 
     Args:
+        lines: Of all places.
+        place: The place that is shown, such as "Tab. 1".
         folder: Where the pages are that are linked.
     """
     rows, last = [], None

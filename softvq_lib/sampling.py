@@ -176,8 +176,12 @@ def sample_images(
     An image depends on its label and seed alone, up to the rounding of other batch sizes.
 
     Args:
+        loaded: The generator, with the numbers that its latents were normalised by.
+        tokenizer: That decodes.
         labels: (b,).
         seeds: One for each image.
+        settings: How it is sampled.
+        batch_size: Images sampled and decoded at once.
         progress: Goes round the batches. None: `tqdm`, for several batches that take longer than two seconds.
 
     Raises:

@@ -89,7 +89,9 @@ class Study:
         """Read the study of a scale: `sweeps/<scale>` of a checkout and `<scale>` of a folder of results.
 
         Args:
+            root: The checkout.
             folder: Of all recorded results, the paper's numbers among them.
+            scale: Folder of sweeps, such as `mini`.
             results: Another folder of rows, for a study that was run elsewhere.
         """
         where = Path(results).expanduser() if results else folder / scale

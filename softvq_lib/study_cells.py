@@ -148,6 +148,8 @@ def cell(arms: Sequence[Measured], metric: str, mark: bool = False) -> str:
     """A cell of a table in Markdown: value, its interval below it, or the reason why there is none.
 
     Args:
+        arms: The seeds of one design point.
+        metric: A name in `METRICS`.
         mark: Put a ° behind an interval over images.
     """
     found = point(arms, metric)
@@ -211,6 +213,7 @@ def of_which(points: Iterable[Point | None], sign: str = "those with °") -> str
     """The line that says what the intervals of a table or figure are over; "" where there are none.
 
     Args:
+        points: All that the table or figure shows; None where there is no number.
         sign: How intervals over images are told from those over seeds, where both are shown.
     """
     found = [each for each in points if each is not None and each.low is not None]
@@ -236,7 +239,9 @@ def table(
     """One line a design point: its levels, how many seeds are done, and its numbers with intervals.
 
     Args:
+        arms: All that have a line, or part of one.
         factors: Factor to the head of its column, all but the seed.
+        metrics: Names in `METRICS`, a column each.
         floors: Add what real images have: KID, distances, precision and recall of their halves, and their agreement.
         names: Factor to its levels' names, where they differ from the usual ones.
     """

@@ -16,7 +16,9 @@ def umaps(arms: list[Measured], folder: Path, tokens: str) -> Drawn:
     """Draw the UMAPs of ẑ over those of z, a column a tokenizer of so many tokens, seed 0, points coloured by class.
 
     Args:
+        arms: All of the study, of which those of the sweep `representations` are taken.
         folder: Where the arrays of the results rows lie.
+        tokens: Latent tokens, as a level of that factor.
 
     Raises:
         ValueError: when arrays that a row names are missing, or are not the ones that were recorded.

@@ -117,6 +117,7 @@ class LatentCache:
         """Open a finished cache. Sizes of the shards are checked here; `verify` checks every byte.
 
         Args:
+            folder: That `encode_dataset` filled.
             tokenizer: Whose latents these must be; None: not checked.
 
         Raises:
@@ -296,6 +297,7 @@ def latent_batches(
     """Batches of the steps start_step, ..., steps - 1, the same for any start, in the order of `training_batches`.
 
     Args:
+        cache: Where the latents are; all of them are an epoch.
         batch_size: Latents in a step.
         seed: Of order and mirroring, at least 0.
         steps: Number of the step before which to stop, counted from the beginning of training.

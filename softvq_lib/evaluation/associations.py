@@ -28,8 +28,16 @@ def spearman(
     """Spearman's correlation of x and y (n,) with interval and permutation test, exact up to 8 values.
 
     Args:
+        x: Values (n,), 5 or more.
+        y: Values (n,) of the same n things, in their order.
+        alternative: "two-sided", or "greater", "less": the correlation is above, below 0.
         method: Of the interval: "fisher" (default: Fisher's z with the variance of Bonett & Wright 2000), or
             "bootstrap" (percentiles).
+        level: Of the interval, in (0, 1).
+        over: What the values are of, for the interval's name.
+        resamples: Of method "bootstrap".
+        permutations: At most so many; all are counted where there are no more than that.
+        seed: A number or a numpy generator, of the resamples and random permutations.
 
     Raises:
         ValueError: for fewer than 5 values, values that are not finite, not in pairs or all equal.
@@ -72,7 +80,13 @@ def compare_correlations(
     Wright (2000), without which they reject too often.
 
     Args:
+        x1: Values (n,), 5 or more.
+        x2: Values (n,) that compete with x1.
+        y: Values (n,) that both shall go with.
         kind: "spearman" (default) or "pearson".
+        alternative: "two-sided", or "greater", "less": x1 goes with y more, less strongly than x2.
+        level: Of the interval, in (0, 1).
+        over: What the values are of, for the interval's name.
 
     Raises:
         ValueError: for fewer than 5 values, values that are not finite, not in pairs or all equal, or x1 and x2 in

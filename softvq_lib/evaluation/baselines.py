@@ -21,6 +21,10 @@ def pca_psnr(
     PCA is the best linear code of so many numbers. Counts that the training images are too few for are left out.
 
     Args:
+        train: Images that the components are computed from.
+        validation: Images that are measured.
+        image_size: Side of the images in pixels.
+        components: Numbers of components, each measured.
         fit_on: Training images that the components are computed from, the first of their fixed order.
         limit: Held-out images measured.
     """

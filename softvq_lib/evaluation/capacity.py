@@ -92,6 +92,7 @@ def step_flops(tokenizer: TokenizerConfig, loss: LossConfig) -> dict[str, int]:
 
     Args:
         tokenizer: Resolved, without pretrained weights.
+        loss: Which terms are on, and their nets.
     """
     size = tokenizer.image_size
     off = {"adversarial": 0, "discriminator": 0}

@@ -61,7 +61,11 @@ def class_judge(
     """Train a judge on the first `count` training images of a data set, or load the one that lies in `folder`.
 
     Args:
+        data: With labels.
+        extractor: Whose features the judge is linear in.
         count: Training images, at least 3 of a class.
+        image_size: Side of the images in pixels.
+        folder: Where judges are kept, one file each.
         options: `batch_size`, `device` and `progress`, as in `image_statistics`.
 
     Raises:

@@ -69,7 +69,11 @@ def sign_flip_p(
     All 2^n patterns of signs are counted for n up to `exact`; beyond, `flips` random ones and the observed one.
 
     Args:
+        differences: (..., n), each row a test of its own.
         alternative: "two-sided", or "greater", "less": the mean is above, below 0.
+        flips: Random patterns where n is above `exact`.
+        seed: A number or a numpy generator, of the random patterns.
+        exact: Largest n for which all patterns are counted.
     """
     one_of("alternative", alternative, ALTERNATIVES)
     at_least("flips", flips, 1)
@@ -136,8 +140,15 @@ def paired_comparison(
     """Mean of a - b over pairs (n,), such as the same seed with two quantizers, with the sign-flip test.
 
     Args:
+        a: Values (n,), two or more.
+        b: Values (n,), each the partner of a's at its place.
         alternative: "two-sided", or "greater", "less" for a above, below b, fixed before the measurement.
         method: Of the interval: "t" (default, for few pairs), or a bootstrap of `mean_interval` (30 pairs or more).
+        level: Of the interval, in (0, 1).
+        over: What the pairs are, for the interval's name.
+        resamples: Of a bootstrap.
+        flips: Random patterns of signs for more than 20 pairs.
+        seed: A number or a numpy generator, of resamples and patterns.
 
     Raises:
         ValueError: for values that are too few, not finite or not in pairs, or differences that are all 0.
@@ -161,6 +172,10 @@ def interaction_contrast(
     """Difference of differences (a1 - a0) - (b1 - b0) over seeds (n,): does 1 against 0 change more in a than in b.
 
     Args:
+        a1: Values (n,) of kind a with what is asked about.
+        a0: Of kind a without it, the same seeds.
+        b1: Of kind b with it.
+        b0: Of kind b without it.
         options: Of `paired_comparison`.
     """
     a1, a0, b1, b0 = (sample(name, x) for name, x in zip(("a1", "a0", "b1", "b0"), (a1, a0, b1, b0), strict=True))
@@ -226,10 +241,13 @@ def equivalence(
     """Are a and b "comparable": two one-sided t tests (Schuirmann 1987) that the mean of a - b lies within +-margin.
 
     Args:
+        a: Values (n,), two or more.
+        b: Values (n,), or (m,) where they are not paired.
         margin: In the unit of the values, above 0, fixed before the measurement.
         paired: Whether a[i] and b[i] belong together; if not, Welch's test.
         alpha: Level of the verdict. The interval is that of 1 - 2 alpha, which lies within the margin if and only if
             the verdict is "equivalent".
+        over: What the values are of, for the interval's name.
 
     Raises:
         ValueError: for a margin of 0 or less, an alpha outside (0, 0.5), values that are too few or not finite, or

@@ -3,13 +3,16 @@
 import json
 import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 
 
 def forward_cost(preset: str, *, batch_size: int, tokens: int = 64, precision: str = "fp32", rounds: int = 5) -> dict:
     """Measure encoding and decoding of random images at the preset's size, on the CPU, without gradients.
 
     Args:
+        preset: Name of a row of `PRESETS`.
+        batch_size: Images in a pass.
+        tokens: Latent tokens l.
         precision: `fp32`, or `bf16` autocast.
         rounds: Passes timed after one that is not.
 
@@ -54,6 +57,26 @@ def _flops(call) -> int:
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
+
+
+@cache
+def decoding_macs(preset: str, tokens: int, dim: int, image_size: int) -> int:
+    """Return the multiply-accumulates of decoding one image, counted on tensors without storage.
+
+    Args:
+        preset: Size of the tokenizer.
+        tokens: Latent tokens l.
+        dim: Latent channels d.
+        image_size: Height and width in pixels.
+    """
+    import torch
+
+    from softvq_lib.tokenizers import Tokenizer
+
+    with torch.device("meta"), torch.no_grad():
+        settings = {"tokens": tokens, "dim": dim, "image_size": image_size, "codebooks": 1, "codebook_size": 1}
+        tokenizer = Tokenizer.from_preset(preset, quantizer="ae", **settings).eval()
+        return _flops(lambda: tokenizer.decode(torch.empty(1, tokens, dim))) // 2
 
 
 def _matmul_flops_per_second(dtype) -> float:

@@ -44,6 +44,7 @@ def degrade(images: Tensor, kind: str, strength: float, draws: Draws = None) -> 
     down.
 
     Args:
+        images: (b, 3, height, width) in [-1, 1].
         kind: One of `STRENGTHS`.
         strength: In the unit of its kind, see `UNITS`. Noise of 0, and resizing by 1, change nothing.
         draws: Of the noise. `Seeds` make it each image's own, whatever the batch.

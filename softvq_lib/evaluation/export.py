@@ -42,6 +42,7 @@ def to_uint8(images: Tensor, convention: str = "dit") -> Tensor:
     """Map images (b, 3, height, width) to bytes, uint8 (b, height, width, 3); what is beyond [-1, 1] is clamped.
 
     Args:
+        images: (b, 3, height, width), float, about [-1, 1].
         convention: One of `CONVENTIONS`.
 
     Raises:
@@ -56,9 +57,12 @@ def sample_labels(count: int, classes: int, labels: str, seed: int) -> Tensor:
     """Return a class for each image, int64 (n,).
 
     Args:
+        count: Images n.
+        classes: Labels are 0 to `classes` - 1.
         labels: `random`, each drawn evenly; or `balanced`, one class after the other over and over, so that any run
             of images is balanced too (the Inception score is taken of runs of 5,000). Where the classes do not divide
             the count, the first ones have an image more.
+        seed: Of what is drawn.
 
     Raises:
         ValueError: for another name, or fewer images than a balance needs.

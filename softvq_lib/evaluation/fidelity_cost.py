@@ -20,6 +20,7 @@ def trace_rows(
         width: Dimensions.
         features: Of each side.
         rounds: In which each way takes its turn, three or more.
+        threads: Of torch, for both sides.
 
     Returns:
         A row for each way that ours is compared with: names, processor seconds of both (medians), `ratio` ours / theirs

@@ -33,8 +33,13 @@ def latent_reading_ratio(
 
     Args:
         items: Images.
+        tokens: Latent tokens l.
+        dim: Latent channels d.
+        batch_size: Latents in a batch.
         batches: Read in a round.
+        rounds: In which each way takes its turn, three or more.
         shard_size: Images to a shard of the cache; few, so that a batch meets nearly all shards, as in a large cache.
+        threads: Of torch, for both sides.
         folder: Where the files are written for the time being; None: the system's place for temporary files.
 
     Returns:

@@ -86,6 +86,11 @@ def collect_latents(
     """Encode the first `limit` images of a source in batches, where the tokenizer's weights are.
 
     Args:
+        tokenizer: Put into evaluation mode meanwhile.
+        source: Images, resized and cropped in the centre to the tokenizer's size.
+        limit: Number of images; None: all.
+        batch_size: Images encoded at once.
+        workers: Loader processes.
         codes: Is given the posteriors of each batch, of which only sums are kept.
         attention: Watches the encoder meanwhile.
 

@@ -71,6 +71,7 @@ def open_pixels(
     - the path of an `.npz` of ADM's evaluator, or an array: `arr_0`, uint8 (n, height, width, 3).
 
     Args:
+        images: One of these; what is open already is handed back.
         image_size: Side in pixels to which a `Source` or a folder of images is resized and cropped in the centre.
             None: they keep their size, which has to be one.
         convention: One of `CONVENTIONS`, how floats become bytes. None: `dit`.
@@ -157,6 +158,7 @@ def to_bytes(images: Tensor, convention: str, first: int = 0, what: str = "image
         images: (b, 3, height, width), uint8 or float in [-1, 1].
         convention: How floats become bytes.
         first: Number of the first of them, for messages.
+        what: Name of the images for messages.
 
     Raises:
         ValueError: for another shape, or values that are not finite or of another range.

@@ -21,6 +21,9 @@ def paired_power(effect: float, sd: float, pairs: int, *, alpha: float = 0.05, a
 
     Args:
         effect: Smallest mean difference that matters, above 0; with a one-sided alternative, in its direction.
+        sd: Standard deviation of the differences within pairs, above 0.
+        pairs: Number of pairs, two or more.
+        alpha: Level of the test, in (0, 1).
         alternative: "two-sided", or "greater", "less".
 
     Raises:

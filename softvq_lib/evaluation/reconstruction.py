@@ -26,6 +26,7 @@ def eight_bit(images: Tensor, convention: str = "mar") -> Tensor:
     """Bring images (b, 3, height, width) to the values in [-1, 1] that 8-bit pixels have, as they are stored and shown.
 
     Args:
+        images: (b, 3, height, width), float; what is beyond [-1, 1] is clamped.
         convention: How numbers are rounded, see `softvq_lib.evaluation.export.CONVENTIONS`. `mar` rounds to the
             nearest; with `repa` an image that is 8-bit already may lose a level, so originals are rounded by `mar`.
 

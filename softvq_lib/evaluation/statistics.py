@@ -24,7 +24,9 @@ class Estimate:
     """A measured number with its interval.
 
     Attributes:
+        value: What was measured, or the mean of it.
         low: Lower end of the interval, -inf where it has none; so `high`.
+        high: Upper end, inf where it has none.
         n: Values that it was computed from.
         interval: How low and high were made, in the words of a results row.
     """
@@ -148,8 +150,12 @@ def mean_interval(
     `share_interval`.
 
     Args:
+        values: (n,), two or more.
         method: "studentised" (default), or "bca", "percentile" to compare with other people's numbers.
+        level: Of the interval, in (0, 1).
         over: What the values are, for the interval's name.
+        resamples: 100 or more.
+        seed: A number or a numpy generator, of the resamples.
 
     Raises:
         ValueError: for fewer than two values, values that are not finite, or a level outside (0, 1).

@@ -17,6 +17,9 @@ def steps_to_target(steps: np.ndarray, values: np.ndarray, target: float, *, bet
     """Return the first step (n,) at which the curve (n,) reaches the target and True, or its last step and False.
 
     Args:
+        steps: (n,), growing.
+        values: (n,), what was measured at these steps.
+        target: In the unit of the values; reaching it exactly counts.
         better: "lower" or "higher" values.
 
     Raises:
@@ -36,6 +39,9 @@ def median_time(times: np.ndarray, reached: np.ndarray, *, level: float = 0.95, 
 
     Args:
         times: Steps to the target, or those done where `reached` is False.
+        reached: (n,), whether the run reached the target.
+        level: Of the interval, in (0, 1).
+        over: What the runs differ in, for the interval's name.
 
     Raises:
         ValueError: for fewer than two runs, times that are not finite or below 0, or another number of `reached`.
@@ -68,7 +74,15 @@ def compare_times(
     censored values, here as a permutation test, exact for up to 9 and 9 runs.
 
     Args:
+        a: Times (n,) of one kind of run: steps to the target, or those done where it was not reached.
+        a_reached: (n,), whether the run reached the target.
+        b: Times (m,) of the other kind.
+        b_reached: (m,), likewise.
         alternative: "two-sided", or "greater", "less": a takes longer, less long.
+        level: Of the interval, in (0, 1).
+        over: What the runs of a kind differ in, for the interval's name.
+        permutations: At most so many; all are counted where there are no more than that.
+        seed: A number or a numpy generator, of random permutations.
 
     Raises:
         ValueError: as `median_time`; for times of 0, or where neither kind has reached the target in half of its runs.

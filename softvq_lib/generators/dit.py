@@ -115,6 +115,7 @@ class DiT(nn.Module):
         Guidance moves eps and leaves the variance alone.
 
         Args:
+            labels: int64 (b,), 0 to `classes` - 1.
             draws: For the noise. With `Seeds` an image does not depend on the others.
             steps: 1 to 1000 (`dpm++`: below), each one evaluation of the network; or "ddim50", for 50 strides of 20.
             solver: `ddpm` (ancestral), `ddim` (without noise) or `dpm++` (second order, for 20 to 50 steps).

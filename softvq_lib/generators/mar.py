@@ -196,6 +196,7 @@ class MAR(nn.Module):
         Each sample's tokens come in an order of its own.
 
         Args:
+            labels: int64 (b,), 0 to `classes` - 1.
             draws: For the orders and the noise. With `Seeds` an image does not depend on the others.
             steps: Sets of tokens, 1 to l; each costs a run of encoder and decoder. None: 64, or l if fewer.
             guidance_scale: 1 is no guidance.

@@ -107,6 +107,8 @@ def generate(
         model: SiT, DiT or MAR.
         labels: (b,).
         seeds: One for each image.
+        settings: How it is sampled; what its kind of generator has no use for is refused.
+        batch_size: Images sampled at once.
         progress: Goes round the batches, such as `tqdm`.
 
     Raises:

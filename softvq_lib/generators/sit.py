@@ -124,6 +124,7 @@ class SiT(nn.Module):
         """Generate normalised latents (b, l, d) of the classes `labels` (b,).
 
         Args:
+            labels: int64 (b,), 0 to `classes` - 1.
             draws: For the noise. With `Seeds` an image does not depend on the others; with `adaptive`, whose steps
                 are chosen for the batch, only up to its tolerance.
             steps: Steps of the solver; `adaptive` ignores them.

@@ -78,9 +78,13 @@ def euler_maruyama(
     """Reverse diffusion dx = (v - w score) dt + sqrt(2 w) dW; the last step adds no noise.
 
     Args:
+        field: Velocity (b, l, d) of x, the time, and the time where the step began.
+        x: Noise (b, l, d), at the first time.
+        times: Noise levels from 1 down, ends of the steps.
         draws: For the noise of all steps but the last.
         score: Score (b, l, d) of velocity, x and time, so that both come from one call of the field.
         diffusion: w of the time.
+        progress: Goes round the steps, such as `tqdm`.
     """
     for t, s in progress(list(pairwise(times))):
         velocity, w = field(x, t, t), diffusion(t)
@@ -97,8 +101,12 @@ def adaptive(
     """Dormand-Prince with steps as long as the error allows, chosen for the batch as a whole.
 
     Args:
+        field: Velocity (b, l, d) of x, the time, and the time where the piece began.
+        x: Noise (b, l, d), at the first time.
         times: The two ends.
         breaks: Times where the field jumps; it is solved piece by piece between them.
+        rtol: Relative tolerance of a step.
+        atol: Absolute tolerance of a step.
     """
     from torchdiffeq import odeint
 

@@ -140,6 +140,9 @@ class Transformer(nn.Module):
         dim: Latent channels d.
         out_dim: Channels of the output.
         classes: Number of classes; label `classes` is "no class".
+        depth: Number of blocks.
+        width: Transformer width c.
+        heads: Attention heads h, a divisor of the width.
         positions: `sincos`, `learned` or `grid` (a square of tokens).
         time_scale: Factor on the time.
 

@@ -80,9 +80,13 @@ def discriminator_objective(
 
     Args:
         discriminator: Called once, with a group for each kind of images; may be wrapped for distributed training.
+        lecam: Averages that its penalty is taken against; not moved here.
         images: (b, 3, height, width) in [-1, 1].
         reconstructions: Same shape; detached here.
         draws: Decide the augmentations, then the body's crop.
+        disc_weight: Of hinge and LeCAM together.
+        lecam_weight: Of LeCAM beside the hinge.
+        consistency_weight: Of the consistency; 0 leaves it and its passes out.
         augment: Weakly augment what the hinge loss sees; the consistency's strong augmentation stays.
 
     Returns:

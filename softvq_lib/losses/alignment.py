@@ -124,6 +124,7 @@ class Alignment(nn.Module):
         """Return each image's loss, (b,), of latent tokens z (b, l, d), as the decoder sees them.
 
         Args:
+            z: (b, l, d).
             teacher_tokens: (b, n, teacher_width).
         """
         projected = self.projector(z)  # (b, l, c)

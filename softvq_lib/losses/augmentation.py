@@ -38,6 +38,7 @@ class Augmentation:
         Takes the same number of random numbers whatever they decide.
 
         Args:
+            images: Whose number, device and precision count, not their values.
             draws: Decisions for the batch come from its generator, amounts from its rows.
             strength: `weak` (each operation kept half of the time, hole of a fifth of the side) or `strong` (all
                 kept, hole of half the side).

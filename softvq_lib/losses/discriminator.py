@@ -44,6 +44,7 @@ class Discriminator(nn.Module, ABC):
         Args:
             images: (b, 3, height, width) in [-1, 1]; b = groups x batch.
             draws: Decide the crop of images that are larger than the body's; nothing else is random.
+            groups: Kinds of images in the batch, a divisor of b.
         """
         return self.heads(self.features(images, draws), groups).float()
 

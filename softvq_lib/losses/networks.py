@@ -59,7 +59,9 @@ def build_networks(config: LossConfig, tokenizer: TokenizerConfig, seed: int) ->
     """Build the networks of the terms that are on; trained ones start from the seed.
 
     Args:
+        config: Which terms are on, and their nets.
         tokenizer: Resolved: its sizes are the networks'.
+        seed: Of trained networks' weights.
 
     Raises:
         ValueError: for a net that is not known, or whose weights cannot be had; the message says which can.

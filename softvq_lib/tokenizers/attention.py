@@ -76,6 +76,7 @@ def assign(
         q: Tokens (n, t, e) of n codebooks, float32 or float64.
         k: Keys (n, k, e). Gradients reach them if they require any.
         v: Codewords (n, k, d).
+        temperature: tau, above 0.
         entropy_temperature: Temperature T of the KL term; None leaves it out (0).
         root: Scores are -sqrt(q k^T) instead of q k^T.
         pooled: The KL term averages the posterior over all codebooks together instead of over each.

@@ -19,6 +19,9 @@ def plain(
 
     Args:
         posterior: One of `POSTERIORS`.
+        z_hat: Tokens (n, t, d) of n codebooks.
+        codebook: Codewords (n, k, d).
+        temperature: tau, above 0.
         entropy_temperature: None leaves the KL term out.
     """
     one_of("posterior", posterior, POSTERIORS)

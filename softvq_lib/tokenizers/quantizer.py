@@ -80,6 +80,7 @@ class Quantizer(nn.Module):
         """Quantize encoder outputs (b, l, hat_dim).
 
         Args:
+            z_hat: (b, l, hat_dim), the encoder's output; `hat_dim` is d, for KL 2 d.
             draws: For quantizers that draw at random in training.
 
         Returns:

@@ -26,6 +26,7 @@ class Code:
     Attributes:
         z: Latent tokens for the decoder and the generators, (b, l, d). For KL a sample in training, else the mean.
         z_hat: The encoder's output before quantization, (b, l, d); (b, l, 2 d) for KL, means and log variances.
+        quantizer: That made it, for what is computed when asked for.
         losses: The quantizer's losses by name, unweighted scalars; empty in evaluation.
     """
 
@@ -103,6 +104,7 @@ class Tokenizer(
         """Map images (b, 3, height, width) in [-1, 1] to a `Code`.
 
         Args:
+            images: (b, 3, `image_size`, `image_size`), float, in [-1, 1].
             draws: For what quantizers draw in training: KL's noise, VQ's new codewords. None: torch's own.
 
         Raises:

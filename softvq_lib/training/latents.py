@@ -63,6 +63,8 @@ def encode_dataset(
     are left out, named in the log, and listed in the header (`left_out`, numbers in the source).
 
     Args:
+        tokenizer: In evaluation meanwhile.
+        data: Whose `split` is encoded.
         folder: Of this cache alone.
         split: `train` or `validation`.
         flips: Encode the mirror image of each image too.

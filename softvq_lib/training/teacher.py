@@ -57,6 +57,7 @@ def check_unchanging(parameter: str, data: DataConfig) -> None:
 
     Args:
         parameter: What asks for kept features, to be named in the message.
+        data: How training images are shown.
     """
     shown = {"flip": (data.flip, False), "crop": (data.crop, 1), "streaming": (data.streaming, False)}
     for name, (value, needed) in shown.items():

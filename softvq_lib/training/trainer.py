@@ -39,6 +39,7 @@ class Trainer:
         run: Its directory; `settings.batch_size` images a step come from all processes together.
         model: What is trained and averaged.
         data: Named in the manifest and in error messages.
+        settings: Steps, batches, optimiser, precision and checkpoints.
 
     Raises:
         ValueError: for a batch that the processes cannot share equally.
