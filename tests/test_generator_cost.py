@@ -63,6 +63,32 @@ def test_a_counter_finds_the_same_in_mar(repeat, tokens, kept):
     assert forward_macs(config, kept=kept) == counted(run)
 
 
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 3, 8])
+def test_a_counter_finds_the_same_in_mar_that_samples(steps, scale, monkeypatch):
+    monkeypatch.setattr("softvq_lib.generators.mar.check_labels", lambda labels, classes: None)  # there is no storage
+    config = GeneratorConfig("mar", "tiny", tokens=8, dim=4, classes=5)
+    model = build_generator(config).eval().to("meta")  # the schedule of noise is numbers, so it is built elsewhere
+    labels, settings = torch.zeros(1, dtype=torch.long, device="meta"), {"guidance_scale": scale, "head_steps": 3}
+    macs = counted(lambda: model.sample(labels, draws=None, steps=steps, **settings))
+    assert cost.sampling_macs(config, steps, **settings) == macs
+
+
+def test_sampling_of_transformers_is_a_pass_for_each_evaluation():
+    for generator in ("sit", "dit"):
+        config = generator_config(generator, "b", 64, 32)
+        one = forward_macs(config)
+        assert cost.sampling_macs(config, 250) == 250 * one
+        assert cost.sampling_macs(config, 250, guidance_scale=2.0) == 500 * one
+    # Of levels 1, 0.9 ... 0.1 those up to 0.7 are guided.
+    interval = {"guidance_scale": 2.0, "guidance_interval": (0.0, 0.7)}
+    assert cost.sampling_macs(generator_config("sit", "b", 64, 32), 10, **interval) == 17 * forward_macs(
+        generator_config("sit", "b", 64, 32)
+    )
+    with pytest.raises(ValueError, match="steps=9 is not allowed"):
+        cost.sampling_macs(generator_config("mar", "b", 8, 32), 9)
+
+
 def test_the_transformers_of_the_references():
     for tokens, velocity, with_variance in [
         (32, 14.565, 14.566),

@@ -299,7 +299,7 @@ def missing(path: Path, dataset: str) -> ValueError:
     hint = nearest(part, sorted(entry.name for entry in known.iterdir())) if os.access(known, os.R_OK) else ""
     return ValueError(
         f"dataset='{dataset}': there is no such folder or file; '{known}' holds no '{part}'{hint} "
-        "Give an existing folder of images, parquet files, WebDataset shards, or one of digits, shapes, photographs and mixed."
+        "Give an existing folder of images, parquet files, WebDataset shards, or digits, shapes, photographs or mixed."
     )
 
 

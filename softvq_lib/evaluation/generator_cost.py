@@ -113,6 +113,11 @@ def _projector(config: GeneratorConfig, count: _Counter) -> int:
 
 
 def _mar(config: GeneratorConfig, count: _Counter, kept: int, all_tokens: bool) -> int:
+    predicted = config.tokens - (0 if all_tokens else kept)
+    return _mar_transformer(config, count, kept, all_tokens) + _head(config, count, predicted)
+
+
+def _mar_transformer(config: GeneratorConfig, count: _Counter, kept: int, all_tokens: bool = False) -> int:
     n, d, buffer = config.tokens, config.dim, config.buffer
     depth, c, heads = (config.row[name] for name in ("depth", "width", "heads"))
 
@@ -121,19 +126,67 @@ def _mar(config: GeneratorConfig, count: _Counter, kept: int, all_tokens: bool) 
         return depth * block + count.norm(length * c)
 
     seen = buffer + kept
-    embedded, predicted = (n, n) if all_tokens else (kept, n - kept)
+    embedded = n if all_tokens else kept
     encoder = count.linear(embedded, d, c) + count.norm((buffer + embedded) * c) + blocks(seen)
     decoder = count.linear(seen, c, c) + blocks(buffer + n)
-    return encoder + decoder + _head(config, count, predicted)
+    return encoder + decoder
 
 
 def _head(config: GeneratorConfig, count: _Counter, tokens: int) -> int:
-    d, c, w = config.dim, config.row["width"], config.head_width
     rows = config.head_repeat * tokens  # noise levels of all tokens; z is the same for those of one token
+    return count.linear(tokens, config.row["width"], config.head_width) + _head_net(config, count, rows, rows, rows)
+
+
+def _head_net(config: GeneratorConfig, count: _Counter, times: int, noisy: int, rows: int) -> int:
+    """Count times that are embedded, noisy tokens that are, and rows that go through the blocks."""
+    d, w = config.dim, config.head_width
     block = count.adaln(rows, w, 3) + count.norm(rows * w) + 2 * count.linear(rows, w, w) + count.silu(rows * w)
     final = count.adaln(rows, w, 2) + count.norm(rows * w) + count.linear(rows, w, 2 * d)
-    embedding = count.time(rows, w) + count.linear(tokens, c, w) + count.linear(rows, d, w)
-    return embedding + config.head_depth * block + final
+    return count.time(times, w) + count.linear(noisy, d, w) + config.head_depth * block + final
+
+
+def sampling_macs(
+    config: GeneratorConfig,
+    steps: int,
+    *,
+    guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    head_steps: int = 100,
+) -> int:
+    """Return the MACs (`true`) of sampling one image's latents, without decoding them.
+
+    SiT and DiT: a forward pass for each evaluation, of which Euler's method and the ancestral sampler make one a step,
+    and a guided step two. (`sample` computes what depends on time and class alone once for all images.) MAR: encoder
+    and decoder for each set of tokens, and the head for each token of the set, `head_steps` times.
+
+    Args:
+        config: With tokens and dim.
+        steps: Of the solver; MAR: sets of tokens, at most all tokens.
+        guidance_scale: 1 is none.
+        guidance_interval: SiT, DiT: least and greatest noise level that is guided, 0 to 1.
+        head_steps: MAR: evaluations of the head for each set.
+
+    Raises:
+        ValueError: for steps that the generator does not allow.
+    """
+    config = replace(config, classes=config.classes or CLASSES).resolved()
+    if config.generator != "mar":
+        settings = {"guidance_scale": guidance_scale, "guidance_interval": tuple(guidance_interval)}
+        return forward_macs(config) * _small(config.generator, 1).evaluations(steps, **settings)
+    count, total, kept = _Counter("true"), 0, 0
+    for size, scale in _small("mar", config.tokens)._plan(steps, guidance_scale, "linear"):
+        copies = 1 if scale == 1 else 2
+        total += copies * _mar_transformer(config, count, kept)
+        total += count.linear(copies * size, config.row["width"], config.head_width)
+        total += head_steps * _head_net(config, count, 1, size, copies * size)
+        kept += size
+    return total
+
+
+@cache
+def _small(generator: str, tokens: int):
+    """Build a generator that is asked how it samples, which its size has no part in."""
+    return build_generator(GeneratorConfig(generator, "tiny", tokens=tokens, dim=1, classes=1))
 
 
 @cache
