@@ -18,6 +18,12 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f", did you mean '{lower[match[0]]}'?" if match else ""
 
 
+def some(names: Iterable[str], most: int = 12) -> str:
+    """List names for a message, separated by commas: the first `most`, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def one_of(name: str, value: object, valid: Iterable[object]) -> None:
     """Raise ValueError unless `value` is one of `valid`; the message offers the nearest."""
     options = list(valid)

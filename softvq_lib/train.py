@@ -1,4 +1,4 @@
-"""Train from a parameter file without a notebook: `python -m softvq_lib.train`, also under a distributed launcher.
+"""Parameter files, and what trains from them: `python -m softvq_lib.train` is `softvq train` for distributed launchers.
 
 It calls the very function that the notebook of that experiment calls, so either finds the other's runs:
 
@@ -6,12 +6,9 @@ It calls the very function that the notebook of that experiment calls, so either
     accelerate launch -m softvq_lib.train params/paper/train_tokenizer/softvq_l_64.yaml -p seed 1
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-from softvq_lib.config import one_of
 
 
 def experiments() -> dict:
@@ -27,15 +24,15 @@ def experiments() -> dict:
     }
 
 
-def read_parameters(path: Path, given: Sequence[tuple[str, str]] = ()) -> dict[str, object]:
-    """Read a flat YAML file of parameters; single ones may be given beside it, as text in YAML's notation.
+def read_parameters(path: Path | None, given: Sequence[tuple[str, str]] = ()) -> dict[str, object]:
+    """Read a flat YAML file of parameters; single ones may be given beside it, or alone, as text in YAML's notation.
 
     Raises:
         ValueError: for a file that is missing or no flat mapping.
     """
     import yaml
 
-    if not path.is_file():
+    if path is not None and not path.is_file():
         near = sorted(str(other) for other in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         listed = f" There are: {', '.join(near)}." if near else ""
         raise ValueError(f"{path} is no file: give a YAML file of parameters.{listed}")
@@ -47,45 +44,20 @@ def read_parameters(path: Path, given: Sequence[tuple[str, str]] = ()) -> dict[s
             raise ValueError(f"{place} cannot be read as YAML ({' '.join(str(error).split())}).") from None
 
     try:
-        text = path.read_text()
+        values = {} if path is None else read(path.read_text(), path)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read ({error}).") from None
-    values = read(text, path)
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ValueError(f"{path} holds no parameters: write one `name: value` a line.")
     return values | {name: read(value, f"-p {name} {value}") for name, value in given}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the command line, train, and print what the notebook would show as a table."""
-    parser = argparse.ArgumentParser(prog="python -m softvq_lib.train", description=__doc__.splitlines()[0])
-    parser.add_argument("params", type=Path, help="YAML file of parameters, such as params/mini/train_tokenizer/x.yaml")
-    parser.add_argument(
-        "-p",
-        dest="given",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help="one parameter, in place of the file's; may be repeated",
-    )
-    parser.add_argument("--experiment", help="what to train; by default the name of the file's folder")
-    asked = parser.parse_args(arguments)
-    from softvq_lib.distributed import rank
+    """Do what `softvq train` does; leave with its exit code unless that is 0."""
+    from softvq_lib.cli import main as softvq
 
-    try:
-        name = asked.experiment or asked.params.resolve().parent.name
-        one_of("experiment", name, experiments())
-        result = experiments()[name](**read_parameters(asked.params, asked.given))
-        if rank() == 0:
-            print(result)
-    except (ValueError, FloatingPointError, MemoryError, OSError) as error:
-        sys.exit(f"error: {error}")
-    finally:
-        import torch.distributed as dist
-
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+    if code := softvq(["train", *(sys.argv[1:] if arguments is None else arguments)]):
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 from repository import ROOT, cases, named, pyproject
 
 LAYERS = [
-    {"config", "features", "distributed", "draws", "weights"},
+    {"cards", "config", "features", "distributed", "draws", "weights"},
     {"tokenizers", "losses", "generators", "data"},
     {"training"},
     {"evaluation"},
@@ -61,6 +61,12 @@ LAYERS = [
         "study_reruns",
         "study_words",
         "train",
+        "cli",
+        "coding",
+        "describing",
+        "own_images",
+        "pictures",
+        "terminal",
     },
 ]
 PACKAGE = "softvq_lib"

@@ -1,0 +1,147 @@
+"""One's own images from end to end: a folder to try it with, the time that each stage takes, and the recorded rows."""
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from softvq_lib import results as rows_of
+from softvq_lib.config import at_least, fingerprint
+from softvq_lib.data import DataConfig, open_dataset, validation_batches
+from softvq_lib.pictures import Pictures, class_folders, write_pictures
+
+if TYPE_CHECKING:
+    from softvq_lib.experiments import TokenizerExperiment
+    from softvq_lib.generation import GeneratorExperiment
+
+log = logging.getLogger(__name__)
+
+WALL, CPU = "wall_seconds", "cpu_seconds"
+
+
+def example_images(
+    out: str | Path, *, dataset: str = "shapes", count: int = 400, image_size: int = 32, progress: bool = False
+) -> Pictures:
+    """Write embedded images as a folder of PNG files, one folder a class, as one's own would lie there.
+
+    Args:
+        out: The folder.
+        dataset: `shapes` or `digits`.
+        count: Images, the first of the training split.
+        image_size: Their side in pixels.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: for an argument out of range, or a folder that holds something else.
+    """
+    at_least("count", count, 1)
+    data = open_dataset(DataConfig(dataset, limit=count), image_size)
+    batches = validation_batches(data.train, image_size=image_size, batch_size=count)
+    (batch,) = batches
+    folders = class_folders(data.classes)
+    names = [f"{folders[label]}/{number:05d}.png" for number, label in enumerate(batch.labels.tolist())]
+    identity = {"what": "examples", "data": data.fingerprint, "image_size": image_size}
+    return write_pictures(
+        out,
+        names,
+        lambda rows: batch.images[rows.start : rows.stop],
+        identity=identity,
+        convention="mar",  # rounds to the nearest level, so bytes stay as they were
+        progress=progress,
+    )
+
+
+class Stages:
+    """Seconds that the stages of a piece of work take, one after the other from now on.
+
+    Attributes:
+        wall: Seconds by the clock, by stage.
+        cpu: Seconds of the processors, of this process and those that it waited for, by stage. On a machine that does
+            other work too they say what the clock cannot.
+    """
+
+    def __init__(self) -> None:
+        self.wall: dict[str, float] = {}
+        self.cpu: dict[str, float] = {}
+        self._last = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        return time.perf_counter(), sum(os.times()[:4])
+
+    def done(self, name: str) -> None:
+        """Note that a stage ends here; a stage that is noted again goes on."""
+        now = self._now()
+        for seconds, before, after in zip((self.wall, self.cpu), self._last, now, strict=True):
+            seconds[name] = seconds.get(name, 0.0) + after - before
+        self._last = now
+
+
+def record(
+    stages: Stages, tokenizer: "TokenizerExperiment", generator: "GeneratorExperiment", results: str | Path
+) -> list[dict]:
+    """Append to `five_minutes.jsonl` how long each stage took and the PSNR, with a picture of samples.
+
+    Runs that were found finished, or went on where they were interrupted, are not timed, and nothing is recorded.
+
+    Args:
+        stages: By name, all of them done.
+        tokenizer: What it was trained to.
+        generator: And the generator on it.
+        results: Folder of the rows.
+
+    Returns:
+        The rows; none where nothing was recorded.
+    """
+    for run in (tokenizer.run, generator.run):
+        if run.trained < run.identity["steps"]:
+            log.warning("run %s was not trained from its beginning just now: no times are recorded.", run.name)
+            return []
+    folder, run = Path(results), generator.run
+    config = {"tokenizer": tokenizer.run.identity, "generator": run.identity}
+    common = rows_of.of_run("five_minutes", run) | {"config": config, "config_hash": fingerprint(config)}
+    none = {"low": None, "high": None, "interval": ""}
+    images = len(tokenizer.data.train) + len(tokenizer.data.validation)
+    rows = [
+        common | none | {"metric": metric, "value": sum(seconds.values()), "terms": dict(seconds), "n": images}
+        for metric, seconds in ((WALL, stages.wall), (CPU, stages.cpu))
+    ]
+    psnr = tokenizer.table()[0]
+    shown = {"low": psnr["low"], "high": psnr["high"], "interval": "95 % bootstrap over images"}
+    rows.append(common | shown | {"metric": "psnr", "value": psnr["psnr"], "n": psnr["n"]})
+    rows[0]["pictures"] = rows_of.keep_pictures(folder / "five_minutes", _sheets(tokenizer, generator))
+    rows_of.append(folder / "five_minutes.jsonl", rows)
+    return rows
+
+
+def _sheets(tokenizer: "TokenizerExperiment", generator: "GeneratorExperiment") -> dict[str, Path]:
+    """Write what the two models made as one picture each, into the generator's run; no original is among them."""
+    from torchvision.utils import save_image
+
+    folder = generator.run.path / "images"
+    sheets = {"decoded": (tokenizer.measured.reconstructions, 8), "samples": (generator.grid, generator.columns)}
+    paths = {}
+    for name, (images, columns) in sheets.items():
+        path = paths[f"{generator.run.name}-{name}.png"] = folder / f"{name}.png"
+        save_image(
+            torch.as_tensor(images), path, nrow=columns, normalize=True, value_range=(-1, 1), padding=1, pad_value=1
+        )
+    return paths
+
+
+def time_table(rows: list[dict]) -> str:
+    """Show recorded times as a Markdown table: a row a stage, seconds by the clock and of the processors."""
+    lines = []
+    for wall in (row for row in rows if row["metric"] == WALL):
+        cpu = next(row for row in rows if row["metric"] == CPU and row["run"] == wall["run"])
+        lines += [
+            f"| {wall['data']}, {wall['n']:,} images; {wall['device']} | seconds | processor seconds |",
+            "|---|--:|--:|",
+            *(f"| {stage} | {value:.0f} | {cpu['terms'][stage]:.0f} |" for stage, value in wall["terms"].items()),
+            f"| **all** | **{wall['value']:.0f}** | **{cpu['value']:.0f}** |",
+            "",
+        ]
+    return "\n".join(lines)
