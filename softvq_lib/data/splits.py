@@ -49,8 +49,8 @@ class DataConfig:
     def __post_init__(self):
         if not self.dataset.strip():
             raise ValueError(
-                "dataset is empty: give digits, shapes, photographs, mixed, a folder, parquet or tar files, or a name of "
-                "the hub."
+                "dataset is empty: give digits, shapes, photographs, mixed, a folder, parquet or tar files, or a hub "
+                "name."
             )
         at_least("crop", self.crop, 1)
         at_least("limit", self.limit, 1)

@@ -50,8 +50,8 @@ def _plain_vit(tokenizer, half: str, batch_size: int):
     return vit.eval(), torch.rand(batch_size, 3, *size)
 
 
-def _flops(call) -> int:
-    """Count floating-point operations, a multiply-add as two, of a call on meta tensors: fused attention included."""
+def counted_flops(call) -> int:
+    """Count floating-point operations, a multiply-add as two, of a call on meta tensors, fused attention included."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
@@ -76,7 +76,7 @@ def decoding_macs(preset: str, tokens: int, dim: int, image_size: int) -> int:
     with torch.device("meta"), torch.no_grad():
         settings = {"tokens": tokens, "dim": dim, "image_size": image_size, "codebooks": 1, "codebook_size": 1}
         tokenizer = Tokenizer.from_preset(preset, quantizer="ae", **settings).eval()
-        return _flops(lambda: tokenizer.decode(torch.empty(1, tokens, dim))) // 2
+        return counted_flops(lambda: tokenizer.decode(torch.empty(1, tokens, dim))) // 2
 
 
 def _matmul_flops_per_second(dtype) -> float:
@@ -132,7 +132,10 @@ def _measure(preset: str, batch_size: int, tokens: int, precision: str, rounds: 
     with torch.device("meta"), torch.no_grad():
         shadow = Tokenizer.from_preset(preset, tokens=tokens).eval()
         pixels, latents = torch.empty(batch_size, 3, size, size), torch.empty(z.shape)
-        flops = {"encode": _flops(lambda: shadow.encode(pixels)), "decode": _flops(lambda: shadow.decode(latents))}
+        flops = {
+            "encode": counted_flops(lambda: shadow.encode(pixels)),
+            "decode": counted_flops(lambda: shadow.decode(latents)),
+        }
     best = _matmul_flops_per_second(torch.bfloat16 if bf16 else torch.float32)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in tokenizer.parameters())
     return {

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from softvq_lib.config import at_least, one_of
+from softvq_lib.evaluation.cost import counted_flops
 from softvq_lib.evaluation.efficiency import pinned, ratio_of_medians
 from softvq_lib.evaluation.generator_cost import CLASSES, TOKENS, forward_macs
 from softvq_lib.generators import SIZES, GeneratorConfig, SiT, Transformer
@@ -182,6 +183,17 @@ def autoencoder(width: int) -> nn.Module:
         latent_channels=_KL_CHANNELS,
         norm_num_groups=min(32, width),
     )
+
+
+def kl_decoding_macs(image_size: int) -> int:
+    """Return the multiply-accumulates of decoding one image by SD-VAE, counted on tensors without storage.
+
+    Args:
+        image_size: Height and width in pixels.
+    """
+    with torch.device("meta"), torch.no_grad():
+        kl, side = autoencoder(128).eval(), image_size // _KL_DOWN
+        return counted_flops(lambda: kl.decode(torch.empty(1, _KL_CHANNELS, side, side))) // 2
 
 
 def in_diffusers(transformer: Transformer) -> nn.Module:
