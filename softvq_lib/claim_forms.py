@@ -66,8 +66,16 @@ class Correlation:
     """Rank correlation of `x1` with `y` less that of `x2`, over means of arms that share the levels of `group`.
 
     Attributes:
-        x1_sign: -1 for a metric that shall fall where the others rise; so `x2_sign`, `y_sign`.
+        x1: Metric that is to go with `y`.
+        x2: Metric that it is compared with.
+        y: Metric that both shall predict.
+        x1_sign: -1 for a metric that shall fall where the others rise.
+        x2_sign: As `x1_sign`, of x2.
+        y_sign: As `x1_sign`, of y.
+        group: Factors whose levels a point's arms share.
+        where: Levels of the arms that count.
         source: "paper" for the rows of its table `place` in the place of arms.
+        place: Table of the paper, for its rows.
     """
 
     x1: str

@@ -1,5 +1,6 @@
 """Experiments, one function a notebook: train or load, measure, record."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +9,16 @@ import numpy as np
 
 from softvq_lib import config as strictly
 from softvq_lib import results as rows_of
+from softvq_lib.cards import Number
 from softvq_lib.data import DataSplits
 from softvq_lib.distributed import rank
 from softvq_lib.evaluation import bootstrap_mean, pca_psnr
+from softvq_lib.tokenizers.loading import describe
 from softvq_lib.training import Reconstruction, Run, reconstruct
 from softvq_lib.training.engine import choose_device
 from softvq_lib.training.tokenizer import CONFIGS, train
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,8 @@ class TokenizerExperiment:
         run: The run on the disk.
         data: The data set that it was trained and measured on.
         measured: PSNR by image, codebook usage, some reconstructions.
-        pca: PSNR by image of the linear baseline, by number of components; {} for images above `PCA_MOST` pixels.
+        pca: PSNR in dB by image, (n,), of the linear baseline, by number of components; {} for images above
+            `PCA_MOST` pixels.
     """
 
     run: Run
@@ -98,6 +104,15 @@ class TokenizerExperiment:
             mean, low, high = bootstrap_mean(values)
             lines.append({"method": name, "psnr": mean, "low": low, "high": high, "n": len(values)})
         return lines
+
+    def numbers(self) -> list[Number]:
+        """All that was measured, with intervals where there are any, by the names of results rows."""
+        names = ("psnr", *(f"psnr_pca_{n}" for n in self.pca))
+        rows = [
+            Number(name, line["psnr"], line["n"], line["low"], line["high"], "95 % percentile bootstrap over images")
+            for name, line in zip(names, self.table(), strict=True)
+        ]
+        return rows + [Number(name, value, len(self.measured.psnr)) for name, value in self.measured.usage.items()]
 
     def __str__(self) -> str:
         lines = [f"{'':34}{'PSNR, dB':>9}  95 % interval      n"]
@@ -141,9 +156,21 @@ def train_tokenizer(**values: object) -> TokenizerExperiment | None:
         if baseline.pca and image_size <= PCA_MOST
         else {},
     )
+    _describe(experiment)
     if record.results:
         _record(experiment, Path(record.results), record.pictures, data_config.dataset in _SHOWABLE)
     return experiment
+
+
+def _describe(experiment: TokenizerExperiment) -> None:
+    """Put what was measured into the config.json and the model card of the run's tokenizer."""
+    run = experiment.run
+    folder = run.path / "tokenizer"
+    run.tokenizer.trained = run.described(run.tokenizer.config, experiment.numbers(), run.tokenizer.trained)
+    try:
+        describe(run.tokenizer, folder)
+    except OSError as error:  # somebody else's run, for one
+        log.warning("the model card in %s is left as it is (%s).", folder, error.strerror)
 
 
 # Data whose images may be shown; of any other, committed pictures show only what a model made.
@@ -159,22 +186,8 @@ def _thinned(curve: list[list[float]], most: int = 100) -> list[list[float]]:
 
 def _record(experiment: TokenizerExperiment, folder: Path, shown: bool, originals: bool) -> None:
     run = experiment.run
-    common = rows_of.of_run("train_tokenizer", run) | {"n": len(experiment.measured.psnr)}
-    interval = "95 % percentile bootstrap over images"
-    rows = []
-    for line, key in zip(experiment.table(), ("psnr", *(f"psnr_pca_{n}" for n in experiment.pca)), strict=True):
-        rows.append(
-            {
-                **common,
-                "metric": key,
-                "value": line["psnr"],
-                "low": line["low"],
-                "high": line["high"],
-                "interval": interval,
-            }
-        )
-    for name, value in experiment.measured.usage.items():
-        rows.append({**common, "metric": name, "value": value, "low": None, "high": None, "interval": ""})
+    common = rows_of.of_run("train_tokenizer", run)
+    rows = [common | vars(number) for number in experiment.numbers()]
     if shown:
         pictures = {f"{run.name}-step-{step:08d}.png": path for step, path in run.snapshots.items()}
         if originals:

@@ -114,11 +114,17 @@ class Features(nn.Module):
 
         Of a convolutional net that is the mean of its last convolution, of a transformer the class token or the mean
         of the patches, as it was trained.
+
+        Args:
+            images: (b, 3, height, width) in [-1, 1].
         """
         return self.net.forward_head(self.net.forward_features(self._prepared(images)), pre_logits=True).float()
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """Return the output of each stage, first to last, each (b, c, h, w); of a transformer, of each block."""
+        """Return the output of each stage, first to last, each (b, c, h, w); of a transformer, of each block.
+
+        The images are (b, 3, height, width) in [-1, 1].
+        """
         return self._maps(images)
 
     def _maps(self, images: Tensor, **choice: object) -> list[Tensor]:
@@ -236,7 +242,7 @@ def _resolve(name: str, random: bool) -> tuple[str, str]:
 
 
 def packaged_weights(name: str) -> dict[str, Tensor]:
-    """Return the state dict that the package of `efflite0`, `efflite1` or `efflite2` carries.
+    """Return the state dict, tensors of their own shapes, of the package of `efflite0`, `efflite1` or `efflite2`.
 
     Raises:
         ValueError: when the package is not installed.

@@ -1,5 +1,6 @@
 """The generator experiment: train or load, sample by class, judge where there is a judge, record (Fig. 1, Sec. 4.2)."""
 
+import logging
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -9,11 +10,12 @@ from torch import Tensor
 
 from softvq_lib import config as strictly
 from softvq_lib import results as rows_of
+from softvq_lib.cards import Number
 from softvq_lib.config import at_least
 from softvq_lib.data import DataSplits
 from softvq_lib.distributed import rank
 from softvq_lib.experiments import RecordConfig
-from softvq_lib.generators.loading import Loaded, load_generator
+from softvq_lib.generators.loading import Loaded, describe_generator, load_generator
 from softvq_lib.generators.sampling import SampleConfig
 from softvq_lib.sampling import sample_images
 from softvq_lib.tokenizers import Tokenizer
@@ -21,6 +23,8 @@ from softvq_lib.training import Run
 from softvq_lib.training.engine import choose_device
 from softvq_lib.training.generator import CONFIGS, completed
 from softvq_lib.training.generator import train_generator as train
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class GeneratorExperiment:
         seed: Of the first sample.
         judgement: What the judge of digits found (see `softvq_lib.evaluation.generated.judge`), the same of decoded
             held-out digits under `decoded_...`, and the judge's own accuracy; {} without a judge.
-        judged: The images that were judged and their labels.
+        judged: The images that were judged, (n, 3, height, width) in [-1, 1], and their labels (n,).
     """
 
     run: Run
@@ -87,7 +91,7 @@ class GeneratorExperiment:
 
     @property
     def labels(self) -> Tensor:
-        """Classes of `grid`: at most ten, `columns` samples of each."""
+        """Classes of `grid`, (n,): at most ten, `columns` samples of each."""
         return torch.arange(min(10, len(self.classes))).repeat_interleave(self.columns)
 
     @cached_property
@@ -100,6 +104,17 @@ class GeneratorExperiment:
         """The judgement's single numbers with their intervals, None where there is none."""
         single = {name: value for name, value in self.judgement.items() if not isinstance(value, list)}
         return {name: x if isinstance(x, tuple) else (float(x), None, None) for name, x in single.items()}
+
+    def rows(self) -> list[Number]:
+        """All that was measured, by the names of results rows: the loss of held-out latents, and the judgement."""
+        losses = [row["val_loss"] for row in self.run.metrics if "val_loss" in row]
+        rows = [Number("val_loss", float(losses[-1]), self.run.manifest.get("held_out", 256))]
+        for name, (value, low, high) in self.numbers.items():
+            # Shares of the held-out digits, and what is measured on them.
+            of_held_out = name.startswith("decoded") or name.endswith("recall") or name == "real_agreement"
+            n = len(self.data.validation if of_held_out else self.judged[1])
+            rows.append(Number(name, value, n, low, high, "" if low is None else "95 % Wilson"))
+        return rows
 
     def __str__(self) -> str:
         identity = self.run.identity
@@ -151,9 +166,19 @@ def train_generator(**values: object) -> GeneratorExperiment | None:
     )
     if show.judged:
         experiment.judgement = _judge(experiment, show.judged)
+    _describe(experiment)
     if record.results:
         _record(experiment, Path(record.results), record.pictures)
     return experiment
+
+
+def _describe(experiment: GeneratorExperiment) -> None:
+    """Put what was measured into the config.json and the model card of the run's generator."""
+    folder, loaded = experiment.run.path / "generator", experiment.loaded
+    try:
+        describe_generator(folder, experiment.run.described(loaded.model.config, experiment.rows(), loaded.trained))
+    except OSError as error:  # somebody else's run, for one
+        log.warning("the model card in %s is left as it is (%s).", folder, error.strerror)
 
 
 def _judge(experiment: GeneratorExperiment, count: int) -> dict:
@@ -193,7 +218,6 @@ def _record(experiment: GeneratorExperiment, folder: Path, shown: bool) -> None:
     common = rows_of.of_run("train_generator", run)
     sampling = {f"sampling_{k}": v for k, v in vars(experiment.settings).items() if v is not None}
     common["config"] = run.identity | sampling
-    curve = [[row["step"], row["val_loss"]] for row in run.metrics if "val_loss" in row]
     sheets = {"samples": (experiment.grid, experiment.columns)} if shown else {}
     if shown and experiment.judged is not None:
         sheets["beside_nearest"] = (_beside_nearest(experiment), 8)
@@ -201,24 +225,9 @@ def _record(experiment: GeneratorExperiment, folder: Path, shown: bool) -> None:
     for name, (images, columns) in sheets.items():
         path = pictures[f"{run.name}-{name}.png"] = run.path / "images" / f"{name}.png"
         save_image(images, path, nrow=columns, normalize=True, value_range=(-1, 1), padding=1, pad_value=1)
-    first = {
-        **common,
-        "metric": "val_loss",
-        "value": float(curve[-1][1]),
-        "low": None,
-        "high": None,
-        "interval": "",
-        "n": run.manifest.get("held_out", 256),
-        "curve": curve,
-        "train_seconds": run.seconds,
-    }
+    rows = [common | vars(number) for number in experiment.rows()]
+    rows[0]["curve"] = [[row["step"], row["val_loss"]] for row in run.metrics if "val_loss" in row]
+    rows[0]["train_seconds"] = run.seconds
     if pictures:
-        first["pictures"] = rows_of.keep_pictures(folder / "train_generator", pictures)
-    rows = [first]
-    for name, (value, low, high) in experiment.numbers.items():
-        interval = "" if low is None else "95 % Wilson"
-        # Shares of the held-out digits, and what is measured on them.
-        of_held_out = name.startswith("decoded") or name.endswith("recall") or name == "real_agreement"
-        n = len(experiment.data.validation if of_held_out else experiment.judged[1])
-        rows.append({**common, "metric": name, "value": value, "low": low, "high": high, "interval": interval, "n": n})
+        rows[0]["pictures"] = rows_of.keep_pictures(folder / "train_generator", pictures)
     rows_of.append(folder / "train_generator.jsonl", rows)

@@ -15,7 +15,7 @@ _TOKENS = 32  # whose attention is shown at most
 
 
 def recorded(rows: list[dict], folder: Path) -> dict[str, tuple[list[dict], dict[str, np.ndarray]]]:
-    """Sort recorded rows by run, each with its arrays: what the figures take.
+    """Sort recorded rows by run, each with its arrays: what the figures take, which say the arrays' shapes.
 
     Args:
         rows: As `softvq_lib.results.read` gives them.
@@ -77,6 +77,8 @@ def _names(arrays: dict[str, np.ndarray]) -> list[str]:
 def umap_panel(rows: list[dict], arrays: dict[str, np.ndarray]):
     """Draw the UMAPs of ẑ over those of z, a column a seed, points coloured by class.
 
+    Arrays: `umap_z` and `umap_z_hat` (seeds, points, 2), `umap_labels` (points,).
+
     Above each row stand purity and silhouette with their intervals, of the latents and not of the picture. Of more
     than ten classes the first ten have a colour, the rest is grey.
     """
@@ -111,6 +113,8 @@ def umap_panel(rows: list[dict], arrays: dict[str, np.ndarray]):
 
 def attention_maps(rows: list[dict], arrays: dict[str, np.ndarray], block: int | None = None):
     """Draw over which image patches each latent token's attention lies, on the mean image; means over images.
+
+    Arrays: `attention` (blocks, l, n), `attention_share` (blocks, l).
 
     Colours are multiples of an even spread, the same in all panels; 1 would be no preference.
 
@@ -151,7 +155,10 @@ def attention_maps(rows: list[dict], arrays: dict[str, np.ndarray], block: int |
 
 
 def code_usage(rows: list[dict], arrays: dict[str, np.ndarray]):
-    """Draw the average posterior over the codes, most used first, a line a codebook, against an even use of all."""
+    """Draw the average posterior over the codes, most used first, a line a codebook, against an even use of all.
+
+    Array: `code_probability` (codebooks, k).
+    """
     if "code_probability" not in arrays:
         return _absent(f"{QUANTIZER_NAMES[rows[0]['config']['quantizer']]} has no codebook")
     codebooks, codes = arrays["code_probability"].shape
@@ -173,7 +180,10 @@ def code_usage(rows: list[dict], arrays: dict[str, np.ndarray]):
 
 
 def by_position(rows: list[dict], arrays: dict[str, np.ndarray]):
-    """Draw by latent token, with 95 % intervals: what its code says of the image, its entropy, cosine of ẑ and z."""
+    """Draw by latent token, with 95 % intervals: what its code says of the image, its entropy, cosine of ẑ and z.
+
+    Arrays: `mutual_information`, `posterior_entropy`, `cosine`, each value, low and high (3, l); those that are there.
+    """
     panels = {
         "mutual_information": "I(image; code), nats",
         "posterior_entropy": "H(posterior), nats",
@@ -194,7 +204,10 @@ def by_position(rows: list[dict], arrays: dict[str, np.ndarray]):
 
 
 def component_use(rows: list[dict], arrays: dict[str, np.ndarray], codebook: int = 0):
-    """Draw the mean posterior of each class over the most used codes, relative to that over all classes."""
+    """Draw the mean posterior of each class over the most used codes, relative to that over all classes.
+
+    Array: `components` (classes, codebooks, codes).
+    """
     if "components" not in arrays:
         return _absent("no use of codes by class was measured")
     names = _names(arrays)

@@ -146,7 +146,7 @@ class LatentSpaceExperiment:
 
     Attributes:
         rows: Results rows, one a number.
-        arrays: What the figures of `softvq_lib.latent_figures` need beside the rows.
+        arrays: What the figures of `softvq_lib.latent_figures`, which say their shapes, need beside the rows.
         missing: What could not be measured, and why.
     """
 

@@ -26,6 +26,9 @@ def posterior(z_hat: np.ndarray, codebook: np.ndarray, temperature: float, form:
 
     Returns:
         Probabilities (l, k); each row sums to 1.
+
+    Raises:
+        ValueError: for an unknown form, or a temperature that is not above 0.
     """
     if form not in FORMS:
         raise ValueError(f"form {form!r} is unknown; choose one of {', '.join(FORMS)}")
@@ -42,12 +45,12 @@ def posterior(z_hat: np.ndarray, codebook: np.ndarray, temperature: float, form:
 
 
 def entropy(p: np.ndarray) -> np.ndarray:
-    """H(p) = -Σ p log p in nats along the last axis, with 0 log 0 = 0."""
+    """H(p) = -Σ p log p in nats of distributions (..., k), (...), with 0 log 0 = 0."""
     return -np.sum(p * np.log(np.where(p > 0, p, 1.0)), axis=-1)
 
 
 def kl_divergence(p: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """KL(p‖r) in nats along the last axis; `r` must be positive where `p` is."""
+    """KL(p‖r) in nats of distributions (..., k), (...); `r` must be positive where `p` is."""
     return np.sum(p * (np.log(np.where(p > 0, p, 1.0)) - np.log(np.where(p > 0, r, 1.0))), axis=-1)
 
 
@@ -57,7 +60,7 @@ def mutual_information(q: np.ndarray) -> float:
 
 
 def perplexity(p: np.ndarray) -> np.ndarray:
-    """exp H(p): how many codewords share the weight, from 1 to k."""
+    """exp H(p) of distributions (..., k): how many codewords share the weight, from 1 to k, (...)."""
     return np.exp(entropy(p))
 
 

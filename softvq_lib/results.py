@@ -221,7 +221,8 @@ def keep_arrays(folder: Path, files: "Mapping[str, Mapping[str, np.ndarray]]") -
 
     Args:
         folder: Where they go; it is made.
-        files: File name, which ends in `.safetensors`, to its arrays by name. Equal arrays give equal bytes.
+        files: File name, which ends in `.safetensors`, to its arrays of any shape by name. Equal arrays give equal
+            bytes.
 
     Raises:
         ValueError: for another ending, or a file above `MOST_BYTES`.
@@ -263,7 +264,7 @@ def find_file(row: dict, name: str, folder: Path) -> Path:
 
 
 def read_arrays(row: dict, name: str, folder: Path) -> "dict[str, np.ndarray]":
-    """Read the arrays of a file that a row names; raises ValueError as `find_file` does."""
+    """Read the arrays, by name and of any shape, of a file that a row names; raises ValueError as `find_file` does."""
     from safetensors.numpy import load_file
 
     return load_file(find_file(row, name, folder))

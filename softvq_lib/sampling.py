@@ -56,6 +56,16 @@ class SampleExperimentConfig:
         batch_size: Images made and decoded at once.
         device: `auto`, `cpu` or a torch device.
         runs: Folder of all runs, as in `TrainConfig`.
+        solver: SiT: `euler`, `heun`, `adaptive` or `sde`. DiT: `ddpm`, `ddim` or `dpm++`.
+        sample_steps: Steps of the solver; MAR: sets of tokens.
+        diffusion: SiT: noise of the solver `sde`.
+        guidance_scale: Classifier-free guidance; 1 is none.
+        guidance_low: SiT, DiT: least noise level (0 data, 1 noise) that is guided.
+        guidance_high: SiT, DiT: greatest.
+        guidance_schedule: MAR: `linear` or `constant`.
+        noise_temperature: MAR: factor of the noise that the head adds.
+        head_steps: MAR: evaluations of the head for each set.
+        head_solver: MAR: `ddpm`, `ddim` or `dpm++`.
     """
 
     generator: str | None = None

@@ -18,8 +18,13 @@ class Versus:
     """A comparison of arms with the levels `a` to those with `b`, in pairs that share the levels of `over`.
 
     Attributes:
+        metric: A name in `METRICS`.
         names: Of a and of b, for people.
+        a: Levels of the arms on one side.
+        b: Levels of those on the other.
+        over: Factors whose levels a pair shares.
         note: Words behind the names, such as the condition under which they are compared.
+        where: Levels of all arms that count.
     """
 
     metric: str

@@ -80,8 +80,11 @@ def new_figure(rows: int, columns: int, height: float, width: float = WIDTH, **k
     """A figure and its axes in the shared style, outside pyplot: it is shown once, where a cell returns it.
 
     Args:
-        height, width: inches.
-        kwargs: as for matplotlib's `Figure.subplots`.
+        rows: Of axes.
+        columns: Of axes.
+        height: Inches.
+        width: Inches.
+        kwargs: As for matplotlib's `Figure.subplots`.
     """
     from matplotlib.figure import Figure
 

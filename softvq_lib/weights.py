@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -26,19 +26,35 @@ def save(model: nn.Module, folder: Path, settings: Callable[[str], dict]) -> Non
     try:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         save_file(tensors, part, metadata={"format": "pt"})
-        known = {key: value for key, value in settings(sha256(part)).items() if value is not None}
+        known = settings(sha256(part))
         os.replace(part, folder / WEIGHTS)
     finally:
         part.unlink(missing_ok=True)
-    (folder / CONFIG).write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
+    write_settings(folder, known)
+
+
+def write_settings(folder: Path, settings: Mapping[str, object]) -> None:
+    """Write config.json whole, without what is None."""
+    known = {key: value for key, value in settings.items() if value is not None}
+    part = folder / f".{CONFIG}.part"
+    try:
+        part.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
+        os.replace(part, folder / CONFIG)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def origin(name: str | Path) -> str:
+    """Return what is said of a source of weights: a hub name or relative path, of an absolute path the last part."""
     return Path(name).name if Path(name).is_absolute() else str(name)
 
 
 def locate(source: str, hub: dict) -> tuple[Path, Path]:
-    """Return the paths of config.json and model.safetensors, downloaded or from the cache for a hub name."""
+    """Return the paths of config.json and model.safetensors, downloaded or from the cache for a hub name.
+
+    Raises:
+        ValueError: for a pickle, a folder or file without these two, or what is neither a folder nor a hub name.
+    """
     path = Path(source).expanduser()
     if path.suffix in _PICKLES and not path.is_dir():
         raise ValueError(f"{source} is a pickle. {_CONVERT}")
@@ -78,6 +94,11 @@ def _download(repository: str, name: str, hub: dict) -> Path:
 
 
 def read_settings(path: Path) -> dict:
+    """Read a config.json.
+
+    Raises:
+        ValueError: for a file that is not valid JSON, or holds no settings by name.
+    """
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -88,12 +109,17 @@ def read_settings(path: Path) -> dict:
 
 
 def sha256(path: Path) -> str:
+    """Return the sha256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify(path: Path, recorded: str | None) -> None:
-    """Compare the file's checksum with those of config.json and of a file beside it, where there are any."""
+    """Compare the file's checksum with those of config.json and of a file beside it, where there are any.
+
+    Raises:
+        ValueError: when one of them is another.
+    """
     beside = path.with_name(f"{path.name}.sha256")
     known = {CONFIG: recorded} if recorded else {}
     if beside.is_file():

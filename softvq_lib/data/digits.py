@@ -52,7 +52,10 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def split_rows(labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Rows of each split in a fixed order; the last 100 of each class by the order of all are held out."""
+    """Rows (m,) of each split, by its name, in a fixed order, given the labels (n,) of all.
+
+    The last 100 of each class by the order of all are held out.
+    """
     order = fixed_order(len(labels), salt=1)
     held_out = np.concatenate([order[labels[order] == label][-VALIDATION_PER_CLASS:] for label in range(len(CLASSES))])
     # Shuffled once more: the rarer a class so far, the later its last 100 stand, so any prefix would be one-sided.

@@ -74,7 +74,10 @@ def check_shard(folder: Path, entry: dict, *, whole: bool) -> None:
 
 
 def map_shard(path: Path) -> dict[str, np.ndarray]:
-    """Map the arrays of a shard into memory, read-only; nothing is read before it is used."""
+    """Map the arrays of a shard into memory, read-only; nothing is read before it is used.
+
+    By name, with the shapes that the head of this file says.
+    """
     with open(path, "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if hasattr(mmap, "MADV_RANDOM"):

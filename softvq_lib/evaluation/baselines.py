@@ -16,7 +16,7 @@ def pca_psnr(
     fit_on: int = 4000,
     limit: int | None = None,
 ) -> dict[int, np.ndarray]:
-    """PSNR in dB of each held-out image after projection on principal components of training images.
+    """PSNR in dB of each held-out image, (n,), after projection on so many principal components of training images.
 
     PCA is the best linear code of so many numbers. Counts that the training images are too few for are left out.
 

@@ -160,12 +160,14 @@ class CodeUse:
     ) -> tuple[float, np.ndarray, float]:
         """Normalised mutual information of a token's code and the class of its image, 2 I(k; y) / (H(k) + H(y)).
 
+        The labels (n,) are those of all images added, in their order.
+
         A code is drawn from its posterior; for one-hot posteriors this is scikit-learn's
         `normalized_mutual_info_score`. Averaged over codebooks. Few images make it larger than it is, so it comes with
         what chance gives: the mean over labels shuffled among the images.
 
         Returns:
-            The information, 0 to 1; what it becomes without each of the groups of images; what chance gives.
+            The information, 0 to 1; what it becomes without each of the groups of images, (groups,); what chance gives.
 
         Raises:
             ValueError: for labels that do not fit, or one class alone.

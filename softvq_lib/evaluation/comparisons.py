@@ -107,6 +107,14 @@ def permutation_p(
 
     Returns:
         p, the smallest p that it can reach, and "exact permutation" or the number of random permutations.
+
+    Args:
+        data: One or two samples, (n,) or (n,) and (m,), as `kind` has it.
+        statistic: Of the samples and an axis, as scipy calls it.
+        kind: "pairings" (of one sample with what the statistic holds) or "independent" (two samples).
+        alternative: "two-sided", "greater" or "less".
+        permutations: At most so many, 100 or more; all are counted where there are no more than that.
+        seed: A number or a numpy generator, of random permutations.
     """
     one_of("alternative", alternative, ALTERNATIVES)
     at_least("permutations", permutations, 100)

@@ -41,7 +41,11 @@ class TimmExtractor(FeatureExtractorBase):
         self.net = build_features(name, least=LEAST)
 
     def forward(self, input: Tensor) -> tuple[Tensor, ...]:
-        """Map images, uint8 (b, 3, height, width), to the requested features, each float32 (b, c)."""
+        """Map images, uint8 (b, 3, height, width), to the requested features, each float32 (b, c).
+
+        Raises:
+            ValueError: for another shape or type.
+        """
         if input.dtype != torch.uint8 or input.ndim != 4 or input.shape[1] != 3:
             raise ValueError(f"images of {input.dtype} {tuple(input.shape)}: give uint8 (b, 3, height, width).")
         found = self._features(self.net.pooled(input / 127.5 - 1))
@@ -52,18 +56,22 @@ class TimmExtractor(FeatureExtractorBase):
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
+        """Return the names of what it can extract, as torch-fidelity asks for them."""
         return ("pooled",)
 
     @staticmethod
     def get_default_feature_layer_for_metric(metric: str) -> str:
+        """Return which of them a metric of torch-fidelity (`fid`, `isc`, ...) takes."""
         return "pooled"
 
     @staticmethod
     def can_be_compiled() -> bool:
+        """Return False: torch-fidelity shall run it as it is."""
         return False
 
     @staticmethod
     def get_dummy_input_for_compile() -> Tensor:
+        """Return the smallest black image that it takes, uint8 (1, 3, height, width)."""
         return torch.zeros(1, 3, LEAST, LEAST, dtype=torch.uint8)
 
 
@@ -84,10 +92,12 @@ class EffLite(TimmExtractor):
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
+        """Return the names of what it can extract, as torch-fidelity asks for them."""
         return ("pooled", "logits")
 
     @staticmethod
     def get_default_feature_layer_for_metric(metric: str) -> str:
+        """Return which of them a metric of torch-fidelity (`fid`, `isc`, ...) takes."""
         return "logits" if metric == "isc" else "pooled"
 
 

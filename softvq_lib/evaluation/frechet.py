@@ -111,7 +111,7 @@ def merged(groups: Sequence[Moments]) -> Moments:
 
 
 def groups_of(first: int, count: int, groups: int = GROUPS) -> np.ndarray:
-    """Return the groups, 0 to groups - 1, of images number first, ..., first + count - 1.
+    """Return the groups (count,), 0 to groups - 1, of images number first, ..., first + count - 1.
 
     Each run of `groups` images is dealt out in an order of its own, fixed for ever: the groups are equally large
     wherever the images end, and classes that alternate do not fall into one group.

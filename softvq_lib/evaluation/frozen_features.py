@@ -60,7 +60,7 @@ Reader = Callable[[Tensor, Sequence[int]], dict[FeatureName, Tensor]]
 def of_tokenizer(
     tokenizer: Tokenizer, source: str, features: Iterable[str] = LATENTS, pooling: Iterable[str] = tuple(POOLINGS)
 ) -> Reader:
-    """Read latents of a tokenizer: d numbers an image pooled by `mean`, l d by `flatten` (KL's z_hat twice as many).
+    """Read latents of a tokenizer, (b, d) pooled by `mean`, (b, l d) by `flatten` (KL's z_hat twice as many).
 
     Raises:
         ValueError: for features that are not `z` or `z_hat`, or a pooling that is not `mean` or `flatten`.
@@ -81,7 +81,7 @@ def of_tokenizer(
 def of_generator(
     loaded: Loaded, tokenizer: Tokenizer, source: str, blocks: Iterable[int] | None, noise_levels: Iterable[float]
 ) -> Reader:
-    """Read hidden states of SiT or DiT, averaged over the tokens, c numbers an image.
+    """Read hidden states of SiT or DiT, averaged over the tokens, (b, c).
 
     Every block and noise level sees the same noise of an image.
 
@@ -154,12 +154,15 @@ def hidden_states(
 
 
 def of_pixels(images: Tensor, seeds: Sequence[int]) -> dict[FeatureName, Tensor]:
-    """Read the pixels themselves, 3 height width numbers an image."""
+    """Read the pixels themselves, (b, 3 height width) of images (b, 3, height, width) in [-1, 1]."""
     return {FeatureName("pixels", "pixels", "flatten"): images.flatten(1)}
 
 
 def of_network(network: Features) -> Reader:
-    """Read what the classifier of a frozen network would see; small images are enlarged as it does for all its uses."""
+    """Read what the classifier of a frozen network would see, (b, pooled_width).
+
+    Small images are enlarged as it does for all its uses.
+    """
     name = FeatureName(network.label, "pooled")
     return lambda images, seeds: {name: network.pooled(images)}
 

@@ -209,7 +209,11 @@ def judge(
 
 @torch.no_grad()
 def nearest(images: Tensor, train_images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return for each image (b, 3, height, width) the distance to the nearest training image and its number, (b,)."""
+    """Return for each image the distance to the nearest training image and its number, (b,) both.
+
+    Images are (b, 3, height, width) in [-1, 1], training images (n, 3, height, width); the distance is the root mean
+    square over the pixels, in their unit.
+    """
     flat, train = images.flatten(1), train_images.flatten(1)
     number = torch.cat([torch.cdist(part, train).argmin(1) for part in flat.split(1024)])
     # Again and exactly: cdist's matrix product would leave copies at a distance above 0.

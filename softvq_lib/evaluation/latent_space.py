@@ -144,7 +144,7 @@ def _check(x: np.ndarray, labels: np.ndarray) -> None:
 
 
 def purity_bounds(labels: np.ndarray, neighbours: int = 10) -> tuple[float, float]:
-    """Purity of neighbours drawn at random, and the most that classes of these sizes allow."""
+    """Purity of neighbours drawn at random, and the most that classes of these sizes allow, given labels (n,)."""
     n = len(labels)
     others = np.unique(labels, return_counts=True)[1] - 1.0  # of the same class
     return (

@@ -52,7 +52,7 @@ class PatchAttention:
         self._maps = self._shares = 0.0
 
     def encode(self, images: Tensor) -> Code:
-        """Encode images (b, 3, height, width) as `Tokenizer.encode` does, and add their attention."""
+        """Encode images (b, 3, height, width) in [-1, 1] as `Tokenizer.encode` does, and add their attention."""
         with self._watching():
             code = self.tokenizer.encode(images)
         weights = torch.stack(self._weights, 1).cpu().double()  # (b, blocks, l, n)

@@ -18,7 +18,7 @@ PASSES = ("each", "shared")
 
 
 def plain_step(trainer: TokenizerTrainer, batch: Batch, passes: str = "each") -> dict[str, Tensor]:
-    """Make one optimiser step with a trainer's nets and return the terms and gradient norms, detached.
+    """Make one optimiser step with a trainer's nets and return the terms and gradient norms, detached scalars.
 
     Args:
         trainer: Of one process, with all terms of Eq. 7 on and the adaptive weight off.

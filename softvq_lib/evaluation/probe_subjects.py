@@ -31,7 +31,7 @@ class Subject:
     Attributes:
         source: Its name, as its features carry it; never a path.
         kind: `tokenizer`, `generator`, `network`, `pixels` or `random`.
-        reader: Of its features.
+        reader: Of its features, (b, f) of images (b, 3, height, width).
         image_size: Side of its images in pixels.
         labels: Whose class labels formed its features; "" where none did, "unknown" where nothing is known.
         more: What else rows say of it.

@@ -68,6 +68,7 @@ class LinearProbe(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map features (b, f) to scores (b, classes), before the softmax."""
         return self.head(self.norm(x))
 
 

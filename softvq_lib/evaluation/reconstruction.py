@@ -38,7 +38,7 @@ def eight_bit(images: Tensor, convention: str = "mar") -> Tensor:
 
 
 def check_finite(images: Tensor, name: str) -> None:
-    """Raise ValueError, saying how many and which, for images (b, ...) with numbers that are NaN or infinite."""
+    """Raise ValueError, saying how many and which, for images (b, ...) of any range with NaN or infinite numbers."""
     bad = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     if bad:
         first = ", ".join(map(str, bad[:5]))

@@ -225,7 +225,7 @@ def reference_statistics(
     The images are read in either case, which is quick beside their features, to see that the file is theirs.
 
     Args:
-        images: As in `open_pixels`.
+        images: As in `open_pixels`, such as a tensor (n, 3, height, width).
         path: The file, .safetensors; about 80 MB with 1,280 features.
         extractor, kept, options: As in `image_statistics`.
 

@@ -49,7 +49,7 @@ class Estimate:
 
 
 def sample(name: str, values: np.ndarray, least: int = 2, axes: int = 1) -> np.ndarray:
-    """Return measured values as float64, of as many axes as told.
+    """Return measured values as float64, their shape as it is: of so many axes as told, (n,) or (n, m).
 
     Raises:
         ValueError: for other axes, fewer values than `least` along one, or values that are not finite, by position.

@@ -64,12 +64,15 @@ class Bench:
         at_least("rounds", self.rounds, 3)
 
     def labels(self) -> Tensor:
+        """Return labels (b,) that go round the classes."""
         return torch.arange(self.batch_size, device=self.device) % CLASSES
 
     def generator(self) -> torch.Generator:
+        """Return a generator that starts from 0, on the device."""
         return torch.Generator(self.device).manual_seed(0)
 
     def numbers(self, *shape: int) -> Tensor:
+        """Return normal numbers (b, *shape) in fp32, the same at each call."""
         return torch.randn(self.batch_size, *shape, generator=self.generator(), device=self.device)
 
 
@@ -84,7 +87,9 @@ class Comparison:
         bench: What it was measured on.
         seconds: Of what, the median over rounds.
         against_seconds: Of the other.
-        ratio: Of the medians, seconds / against_seconds, with its 95 % interval `low` to `high`.
+        ratio: Of the medians, seconds / against_seconds.
+        low: Lower end of the ratio's 95 % interval.
+        high: Its upper end.
         expected: The same ratio in true multiply-accumulates or network evaluations. None: not known.
         derived: Computed from measured parts, not measured as a whole.
     """

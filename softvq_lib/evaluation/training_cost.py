@@ -75,7 +75,7 @@ class Stages:
         return before
 
     def at_gradient(self, tensor: Tensor, stage: str) -> None:
-        """Begin a stage when a backward pass has the gradient of a tensor."""
+        """Begin a stage when a backward pass has the gradient of a tensor of any shape."""
 
         def begin(gradient: Tensor) -> None:
             self.enter(stage)
@@ -137,7 +137,7 @@ def watch(trainer: TokenizerTrainer) -> Stages:
 
 
 def trainer_step(trainer: TokenizerTrainer, batch: Batch) -> dict[str, Tensor]:
-    """Make one optimiser step as the trainer does; return the terms and gradient norms."""
+    """Make one optimiser step as the trainer does; return the terms and gradient norms, scalars by name."""
     terms = trainer._update(batch)
     trainer.step += 1
     return terms
@@ -181,7 +181,7 @@ def build_trainer(parameters: dict[str, object], data: DataSplits) -> TokenizerT
 
 
 def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """Return the largest difference of a term that both have, relative to it or to 1."""
+    """Return the largest difference of a term, a scalar by name, that both have, relative to it or to 1."""
     both = ours.keys() & theirs.keys()
     each = [(ours[name] - theirs[name]).abs().double() / theirs[name].abs().clamp(min=1) for name in both]
     return float(torch.stack(each).max())  # NaN if one is

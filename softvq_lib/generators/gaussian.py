@@ -144,7 +144,7 @@ class GaussianDiffusion:
         self._tables: dict[tuple, Tensor] = {}
 
     def noise_level(self, t: Tensor | int) -> Tensor | float:
-        """Return t / (T - 1) in [0, 1]: 0 for data, 1 for noise."""
+        """Return t / (T - 1) in [0, 1], of the shape of t: 0 for data, 1 for noise."""
         return t / (self.steps - 1)
 
     def times(self, shape: tuple[int, ...], draws: Draws, like: Tensor) -> Tensor:

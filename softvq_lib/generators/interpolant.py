@@ -32,12 +32,12 @@ class Coefficients:
 
     @property
     def diffusion(self) -> Tensor:
-        """sigma d_sigma - sigma^2 d_alpha / alpha: half the square of the noise rate of the forward diffusion."""
+        """sigma d_sigma - sigma^2 d_alpha / alpha, of the shape of t: half the square of the forward noise rate."""
         return self.sigma * self.d_sigma - self.sigma.square() * self.d_alpha / self.alpha
 
     @property
     def wronskian(self) -> Tensor:
-        """alpha d_sigma - sigma d_alpha, which is above 0 all along a path."""
+        """alpha d_sigma - sigma d_alpha, of the shape of t, which is above 0 all along a path."""
         return self.alpha * self.d_sigma - self.sigma * self.d_alpha
 
 
@@ -174,7 +174,7 @@ class Interpolant:
         return (c.d_alpha * x - c.alpha * velocity) / (c.wronskian * c.sigma)
 
     def diffusion(self, name: str, t: Tensor) -> Tensor:
-        """Return w of the reverse diffusion at noise level t.
+        """Return w of the reverse diffusion at noise levels t, of any shape.
 
         Raises:
             ValueError: for a name that is not in `DIFFUSIONS`.

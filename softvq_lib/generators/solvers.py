@@ -50,14 +50,17 @@ def stages(solver: str, times: Sequence[float]) -> list[float]:
 
 
 def euler(field: Field, x: Tensor, times: Sequence[float], progress: Progress = iter) -> Tensor:
-    """First order: one call of the field a step."""
+    """First order: one call of the field a step takes x (b, l, d) from the first of the times to the last."""
     for t, s in progress(list(pairwise(times))):
         x = x + (s - t) * field(x, t, t)
     return x
 
 
 def heun(field: Field, x: Tensor, times: Sequence[float], progress: Progress = iter) -> Tensor:
-    """Second order: the mean of the slopes at both ends. The last step is Euler's, so n steps are 2 n - 1 calls."""
+    """Second order: x (b, l, d) moves by the mean of the slopes at both ends of a step.
+
+    The last step is Euler's, so n steps are 2 n - 1 calls of the field.
+    """
     for t, s in progress(list(pairwise(times))):
         slope = field(x, t, t)
         if s != times[-1]:
@@ -98,7 +101,7 @@ def euler_maruyama(
 def adaptive(
     field: Field, x: Tensor, times: Sequence[float], breaks: Iterable[float] = (), *, rtol: float, atol: float
 ) -> Tensor:
-    """Dormand-Prince with steps as long as the error allows, chosen for the batch as a whole.
+    """Dormand-Prince with steps as long as the error allows, chosen for the batch as a whole; x is (b, l, d).
 
     Args:
         field: Velocity (b, l, d) of x, the time, and the time where the piece began.

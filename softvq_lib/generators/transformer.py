@@ -53,6 +53,7 @@ class TimeEmbedder(nn.Module):
         self.mlp = nn.Sequential(Linear(_FREQUENCIES, width), nn.SiLU(), Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
+        """Embed times (b,), from 0 for data to 1 for noise, as (b, c)."""
         half = _FREQUENCIES // 2
         frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
         angles = self.scale * t.float()[:, None] * frequencies  # (n, 128)
@@ -67,6 +68,7 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(classes + 1, width)
 
     def forward(self, labels: Tensor) -> Tensor:
+        """Embed labels (b,) as (b, c)."""
         return self.embedding_table(labels)
 
 
@@ -89,6 +91,7 @@ class Attention(nn.Module):
         self.proj = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Attend among the tokens of x (b, l, c); same shape."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (b, h, l, c / h) each
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (b, l, c)
 
@@ -102,6 +105,7 @@ class MLP(nn.Module):
         self.fc2 = Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map each token of x (b, l, c) by itself; same shape."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
@@ -115,6 +119,7 @@ class Block(nn.Module):
         self.adaLN_modulation = _adaln(width, 6)
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """Map x (b, l, c) under its modulation (b, 1, 6 c): shift, scale and gate of attention, then of the MLP."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.chunk(6, -1)  # (b, 1, c) each
         x = torch.addcmul(x, gate, self.attn(_modulated(x, shift, scale)))
         return torch.addcmul(x, mlp_gate, self.mlp(_modulated(x, mlp_shift, mlp_scale)))
@@ -129,6 +134,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = _adaln(width, 2)
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """Map x (b, l, c) under its modulation (b, 1, 2 c), shift and scale, to (b, l, out_dim)."""
         return self.linear(_modulated(x, *modulation.chunk(2, -1)))
 
 
@@ -214,6 +220,9 @@ class Transformer(nn.Module):
             modulations: What `modulations` returned, r rows or one for all.
             rows: The row of each latent, (b,). None: they correspond.
             hidden: As in `forward`.
+
+        Raises:
+            ValueError: for latents of another shape.
         """
         if x.ndim != 3 or x.shape[1:] != (self.tokens, self.dim):
             raise ValueError(
@@ -269,7 +278,7 @@ class Ahead:
         self.known: dict[float, list[Tensor]] = {}
 
     def at(self, t: float) -> list[Tensor]:
-        """Return the modulations at time t, a row for each class."""
+        """Return the modulations at time t, a row a class: (r, 6 c) of each block, (r, 2 c) of the last layer."""
         if t not in self.known:
             r = len(self.classes)
             first = self.coming.index(t) if t in self.coming else len(self.coming)

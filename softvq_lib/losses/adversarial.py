@@ -41,7 +41,7 @@ class LeCam(nn.Module):
 
     @torch.no_grad()
     def update(self, mean_real: Tensor, mean_fake: Tensor) -> None:
-        """Move the averages towards the mean logits of this step, averaged over the processes."""
+        """Move the averages towards the mean logits of this step, scalars, averaged over the processes."""
         means = mean_across(torch.stack([mean_real.detach().float(), mean_fake.detach().float()]))
         self.ema_real.lerp_(means[0], 1 - self.decay)
         self.ema_fake.lerp_(means[1], 1 - self.decay)

@@ -38,7 +38,7 @@ class Augmentation:
         Takes the same number of random numbers whatever they decide.
 
         Args:
-            images: Whose number, device and precision count, not their values.
+            images: In [-1, 1]; their number, device and precision count, not their values.
             draws: Decisions for the batch come from its generator, amounts from its rows.
             strength: `weak` (each operation kept half of the time, hole of a fifth of the side) or `strong` (all
                 kept, hole of half the side).
@@ -95,5 +95,5 @@ class Augmentation:
 
 
 def diff_augment(images: Tensor, draws: Draws, *, strength: str = "weak", probability: float | None = None) -> Tensor:
-    """Augment images (b, 3, height, width) once; to treat others alike, keep an `Augmentation` instead."""
+    """Augment images (b, 3, height, width) in [-1, 1] once; to treat others alike, keep an `Augmentation`."""
     return Augmentation.draw(images, draws, strength=strength, probability=probability)(images)

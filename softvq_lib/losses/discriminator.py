@@ -29,7 +29,7 @@ class Discriminator(nn.Module, ABC):
 
     @abstractmethod
     def features(self, images: Tensor, draws: Draws = None) -> list[Tensor]:
-        """Return what the heads read: the frozen part's work."""
+        """Return what the heads read of images (b, 3, height, width) in [-1, 1]: the frozen part's work."""
 
     @abstractmethod
     def heads(self, features: list[Tensor], groups: int = 1) -> Tensor:
@@ -49,6 +49,7 @@ class Discriminator(nn.Module, ABC):
         return self.heads(self.features(images, draws), groups).float()
 
     def train(self, mode: bool = True) -> "Discriminator":
+        """Set the mode of all parts but the spectral norms, which `advance` alone changes."""
         super().train(mode)
         for norm in self._spectral_norms():
             norm.eval()  # in training mode each forward pass would advance it
@@ -97,7 +98,10 @@ class ViTDiscriminator(Discriminator):
         return super()._apply(fn, recurse)
 
     def features(self, images: Tensor, draws: Draws = None) -> list[Tensor]:
-        """Return five features (b, c, n); gradients reach the images, if they require any, and nothing else."""
+        """Return five features (b, c, n) of images (b, 3, height, width) in [-1, 1].
+
+        Gradients reach the images, if they require any, and nothing else.
+        """
         x = (self.fit(images.float(), draws) + 1) / 2
         taps: list[Tensor] = []
         blocks, prefix = self.body.blocks, self.body.num_prefix_tokens
@@ -111,7 +115,10 @@ class ViTDiscriminator(Discriminator):
         return [(x[:, prefix:] + (x[:, :1] if prefix else 0)).mT for x in taps]  # (b, c, n)
 
     def fit(self, images: Tensor, draws: Draws) -> Tensor:
-        """Bring images to the body's side. Larger ones: all are cropped at one random place, or all shrunk."""
+        """Bring images (b, 3, height, width) to the body's side, in [-1, 1] as they are, but for bicubic overshoot.
+
+        Larger ones: all are cropped at one random place, or all shrunk.
+        """
         height, width = images.shape[-2:]
         if min(height, width) <= self.side:
             return F.interpolate(images, (self.side, self.side), mode="bicubic")
@@ -138,6 +145,7 @@ class Head(nn.Module):
         self.out = spectral_norm(Conv1d(width, 1, 1))
 
     def forward(self, x: Tensor, groups: int = 1) -> Tensor:
+        """Map a feature (b, c, n) of images in equal groups to logits (b, n)."""
         x = F.leaky_relu(self.mix_norm(self.mix(x), groups), _SLOPE)
         change = F.leaky_relu(self.spread_norm(self.spread(x), groups), _SLOPE)
         return self.out((x + change) / math.sqrt(2))[:, 0]
@@ -157,6 +165,7 @@ class BatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor, groups: int = 1) -> Tensor:
+        """Normalise x (b, c, n), each of its equal groups of images alone; float32."""
         x = x.float().unflatten(0, (groups, -1))  # (g, b, c, n)
         centred = x - mean_across(x.mean((1, 3), keepdim=True))
         variance = mean_across(centred.square().mean((1, 3), keepdim=True))  # (g, 1, c, 1)
@@ -182,6 +191,7 @@ class PatchDiscriminator(Discriminator):
         self.trained = nn.Sequential(*layers, spectral_norm(Conv2d(widths[-1], 1, 4, padding=1)))
 
     def features(self, images: Tensor, draws: Draws = None) -> list[Tensor]:
+        """Return the images (b, 3, height, width) in [-1, 1] themselves: no part is frozen."""
         # The convolutions keep this layout, in which the CPU is a tenth faster.
         return [images.float().contiguous(memory_format=torch.channels_last)]
 
@@ -200,11 +210,11 @@ class _WeightInFullPrecision:
 
 
 class Conv1d(_WeightInFullPrecision, nn.Conv1d):
-    pass
+    """Convolution along the patches, (b, c, n)."""
 
 
 class Conv2d(_WeightInFullPrecision, nn.Conv2d):
-    pass
+    """Convolution over the pixels, (b, c, height, width)."""
 
 
 def build_discriminator(name: str, image_size: int, *, pretrained: bool = True, seed: int = 0) -> Discriminator:

@@ -45,7 +45,7 @@ class Networks:
 
     @torch.no_grad()
     def teacher_tokens(self, images: Tensor) -> Tensor:
-        """The teacher's features of images (b, 3, height, width), one for each image token, (b, n, c)."""
+        """The teacher's features of images (b, 3, height, width) in [-1, 1], one for each image token, (b, n, c)."""
         return self.teacher.tokens(images, self.side)
 
     def generator_loss(self, config: LossConfig, pixels: Tensor, draws: Draws) -> Tensor:

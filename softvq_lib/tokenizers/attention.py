@@ -55,13 +55,16 @@ def scores(q: Tensor, k: Tensor, *, root: bool) -> Tensor:
 
 
 def squared_operands(z: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """Return q and k whose product is -|z - c|^2 / 2, but for a constant of each token."""
+    """Return q (n, t, d + 1) and k (n, k, d + 1) whose product is -|z - c|^2 / 2, but for a constant of each token.
+
+    Tokens z are (n, t, d), codewords c (n, k, d).
+    """
     bias = -c.square().sum(-1, keepdim=True) / 2
     return torch.cat([z, torch.ones_like(z[..., :1])], -1), torch.cat([c, bias], -1)
 
 
 def distance_operands(z: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """Return q and k whose product is |z - c|^2."""
+    """Return q (n, t, d + 2) and k (n, k, d + 2) whose product is |z - c|^2, of z (n, t, d) and c (n, k, d)."""
     one = torch.ones_like
     q = torch.cat([-2 * z, z.square().sum(-1, keepdim=True), one(z[..., :1])], -1)
     return q, torch.cat([c, one(c[..., :1]), c.square().sum(-1, keepdim=True)], -1)

@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from softvq_lib import weights
+from softvq_lib import cards, weights
 from softvq_lib.config import split
 from softvq_lib.tokenizers import published
+from softvq_lib.tokenizers.card import card
 from softvq_lib.tokenizers.presets import PRESETS, TokenizerConfig
 
 
@@ -21,16 +22,22 @@ class About:
         latent_std: Their standard deviation.
         origin: Name of the published tokenizer that the weights come from.
         weights_sha256: Checksum of model.safetensors.
+        trained: What it was trained on and how, and what was measured, see `softvq_lib.cards.Trained`.
     """
 
     latent_mean: float | None = None
     latent_std: float | None = None
     origin: str | None = None
     weights_sha256: str | None = None
+    trained: dict | None = None
 
 
 def load(cls: type[nn.Module], source: str | Path, **hub: object) -> nn.Module:
-    """Make a `cls` of a folder or a hub name, see `Tokenizer.from_pretrained`."""
+    """Make a `cls` of a folder or a hub name, see `Tokenizer.from_pretrained`.
+
+    Raises:
+        ValueError: as told there.
+    """
     config_file, weights_file = weights.locate(str(source), hub)
     settings = weights.read_settings(config_file)
     theirs = published.is_published(settings)
@@ -41,6 +48,7 @@ def load(cls: type[nn.Module], source: str | Path, **hub: object) -> nn.Module:
             about = About(*published.statistics(settings, config, str(name)), origin=weights.origin(name))
         else:
             config, about = split(settings, TokenizerConfig, About)
+            cards.read_trained(about.trained)
             if "preset" not in settings:
                 raise ValueError("neither a preset nor the authors' settings (encoder_model, ...) are in it.")
         config = replace(config, pretrained=False).resolved()  # no download: the weights are here
@@ -50,17 +58,28 @@ def load(cls: type[nn.Module], source: str | Path, **hub: object) -> nn.Module:
     weights.verify(weights_file, about.weights_sha256)
     _fill(model, weights_file, config_file, theirs)
     model.latent_mean, model.latent_std, model.origin = about.latent_mean, about.latent_std, about.origin
+    model.trained = about.trained
     return model.eval()
 
 
 def save(model: nn.Module, folder: Path) -> None:
-    """Write weights, then config.json with their checksum; nothing in it is None."""
+    """Write weights, then config.json with their checksum, in which nothing is None, and the model card."""
+    weights.save(model, folder, lambda sha256: _settings(model, sha256))
+    cards.write(card(model), folder)
 
-    def settings(sha256: str) -> dict:
-        about = About(model.latent_mean, model.latent_std, model.origin, sha256)
-        return {**asdict(replace(model.config, pretrained=False)), **asdict(about)}
 
-    weights.save(model, folder, settings)
+def describe(model: nn.Module, folder: Path) -> None:
+    """Write config.json and the card of a saved tokenizer anew, where they say other than `model`; not its weights."""
+    known = weights.read_settings(folder / weights.CONFIG)
+    told = _settings(model, known.get("weights_sha256"))
+    if known != {name: value for name, value in told.items() if value is not None}:
+        weights.write_settings(folder, told)
+    cards.write(card(model), folder)
+
+
+def _settings(model: nn.Module, sha256: str | None) -> dict:
+    about = About(model.latent_mean, model.latent_std, model.origin, sha256, model.trained)
+    return {**asdict(replace(model.config, pretrained=False)), **asdict(about)}
 
 
 def _on_meta(cls: type[nn.Module], config: TokenizerConfig) -> nn.Module:

@@ -8,7 +8,7 @@ from softvq_lib.tokenizers.quantizer import Quantizer
 
 
 def average(losses: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Average losses by name, so that a weight means the same for any number of parts."""
+    """Average losses, scalars by name, so that a weight means the same for any number of parts."""
     return {name: sum(each[name] for each in losses) / len(losses) for name in losses[0]}
 
 

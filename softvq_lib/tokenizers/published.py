@@ -92,6 +92,8 @@ def their_name(name: str) -> str:
 def translate(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the tensors of a published state dict to this library's names, leaving out what nothing is computed from.
 
+    Shapes stay as they are.
+
     Their pixel head orders a patch as rows, columns, channels, which is ours too.
     """
     return {ours: tensor for name, tensor in state.items() if (ours := our_name(name)) is not None}

@@ -23,12 +23,12 @@ class NotFiniteError(ValueError):
 
 
 def in_fp32(x: Tensor) -> torch.autocast:
-    """Return a context in which autocast leaves the operations on `x` alone. (Meta tensors have no autocast.)"""
+    """Return a context in which autocast leaves operations on `x`, of any shape, alone. (Meta tensors have none.)"""
     return torch.autocast("cpu" if x.device.type == "meta" else x.device.type, enabled=False)
 
 
 def fp32(x: Tensor) -> Tensor:
-    """Return x in fp32, or in float64 where it comes so."""
+    """Return x, of any shape, in fp32, or in float64 where it comes so."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -73,6 +73,12 @@ class Quantizer(nn.Module):
         self.dim, self.hat_dim = dim, hat_dim or dim
 
     def __call__(self, z_hat: Tensor, draws: Draws = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Check encoder outputs (b, l, hat_dim), then quantize them as `forward` does.
+
+        Raises:
+            ValueError: for another shape.
+            NotFiniteError: for numbers that are not finite, with the rows that hold them.
+        """
         refuse_bad_input(z_hat, self.hat_dim)
         return super().__call__(z_hat, draws)
 
@@ -143,7 +149,11 @@ class CodebookQuantizer(Quantizer):
         self.codebook = nn.Parameter(F.normalize(torch.randn(codebooks, codebook_size, dim), dim=-1))
 
     def segments(self, x: Tensor) -> Tensor:
-        """Sort tokens (b, l, ...) by codebook: (n, b l/n, ...). Consecutive tokens share one."""
+        """Sort tokens (b, l, ...) by codebook: (n, b l/n, ...). Consecutive tokens share one.
+
+        Raises:
+            ValueError: for a number of tokens that the codebooks do not divide.
+        """
         if x.shape[1] % len(self.codebook):
             raise ValueError(f"{x.shape[1]} tokens are not divisible by codebooks={len(self.codebook)}.")
         return rearrange(x, "b (n m) ... -> n (b m) ...", n=len(self.codebook))

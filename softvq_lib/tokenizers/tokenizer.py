@@ -62,13 +62,7 @@ class Code:
         return self.quantizer.sample(self.z_hat, draws)
 
 
-class Tokenizer(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="softvq_lib",
-    license="apache-2.0",
-    tags=["arxiv:2412.10958", "image-tokenizer"],
-):
+class Tokenizer(nn.Module, PyTorchModelHubMixin):
     """Image tokenizer with l latent tokens of d channels.
 
     Args:
@@ -131,7 +125,10 @@ class Tokenizer(
         return self.decoder(self.from_latent(z))
 
     def forward(self, images: Tensor, draws: Draws = None) -> tuple[Tensor, Code]:
-        """Return the reconstruction of images and their `Code`; see `encode` and `decode`."""
+        """Return the reconstruction (b, 3, height, width) of images in [-1, 1], and their `Code`.
+
+        See `encode` and `decode`.
+        """
         code = self.encode(images, draws)
         return self.decode(code.z), code
 
@@ -143,11 +140,13 @@ class Tokenizer(
         for half in (self.encoder, self.decoder):
             half.vit.set_grad_checkpointing(enable)
 
-    # What config.json says beside the configuration: mean and standard deviation of the latents over the data, and
-    # the name of the published tokenizer that the weights come from. None where unknown.
+    # What config.json says beside the configuration: mean and standard deviation of the latents over the data, the name
+    # of the published tokenizer that the weights come from, and what it was trained on (`softvq_lib.cards.Trained`, as a
+    # dictionary), which is to be set to None by who trains it further. None where unknown.
     latent_mean: float | None = None
     latent_std: float | None = None
     origin: str | None = None
+    trained: dict | None = None
 
     @classmethod
     def from_pretrained(
@@ -188,5 +187,5 @@ class Tokenizer(
         loading.save(self, save_directory)
 
     def generate_model_card(self, *args: object, **kwargs: object) -> ModelCard:
-        """Return the card that `save_pretrained` and `push_to_hub` write as README.md, unless there is one."""
-        return card(self, self._hub_mixin_info.model_card_data)
+        """Return the card that `save_pretrained` and `push_to_hub` write as README.md, unless somebody's own is there."""
+        return card(self)

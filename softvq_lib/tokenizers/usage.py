@@ -32,6 +32,9 @@ class CodebookUsage:
 
         usage: share of codes that are the most likely one of at least one token, 0 to 1.
         perplexity: exp H(average posterior), 1 to k.
+
+        Raises:
+            ValueError: when no posterior was added.
         """
         if not self.tokens:
             raise ValueError("no posterior was added: codebook usage needs at least one batch.")

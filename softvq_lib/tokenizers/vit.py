@@ -83,7 +83,11 @@ def _run(vit: nn.Module, patches: Tensor, latents: Tensor) -> Tensor:
 
 
 def patch_outputs(vit: nn.Module, images: Tensor) -> Tensor:
-    """Run a transformer on images (b, 3, height, width) without latent tokens; outputs of the n patches, (b, n, c)."""
+    """Run a transformer on images (b, 3, height, width) in [-1, 1] without latent tokens.
+
+    Returns:
+        Outputs of the n patches, (b, n, c).
+    """
     patches = vit.patch_embed(images)  # (b, n, c)
     return _run(vit, patches, patches[:, :0])[:, vit.num_prefix_tokens :]  # (b, n, c)
 
@@ -105,6 +109,7 @@ class Encoder(nn.Module):
         self.latent_pos_embed = _positions(tokens, self.width)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Map images (b, 3, height, width) in [-1, 1] to the outputs of the latent tokens, (b, l, c)."""
         patches = self.vit.patch_embed(images)  # (b, n, c)
         latents = (self.latent_tokens + self.latent_pos_embed).expand(images.shape[0], -1, -1)  # (b, l, c)
         return _run(self.vit, patches, latents)[:, -self.latent_tokens.shape[1] :]  # (b, l, c)
@@ -124,6 +129,7 @@ class Decoder(nn.Module):
         self.to_pixels = nn.Linear(self.width, 3 * patch_size**2)
 
     def forward(self, latents: Tensor) -> Tensor:
+        """Map latent tokens (b, l, c), of this transformer's width, to images (b, 3, height, width), about [-1, 1]."""
         n = self.side**2
         masks = self.mask_token.expand(latents.shape[0], n, -1)  # (b, n, c)
         prefix = self.vit.num_prefix_tokens

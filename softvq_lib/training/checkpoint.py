@@ -23,6 +23,8 @@ _WHOLE = states.StateDictOptions(full_state_dict=True)
 def save(folder: Path, step: int, tensors: dict[str, Tensor], keep: int = 2) -> Path:
     """Write the checkpoint of a step, then drop all but the newest `keep`, and any of later steps: these are damaged.
 
+    Tensors are of any shape, by name.
+
     The checksum is written last, so that a checkpoint without one is known to be unfinished.
 
     Raises:
@@ -63,23 +65,23 @@ def newest(folder: Path) -> Path | None:
 
 
 def load(path: Path) -> tuple[int, dict[str, Tensor]]:
-    """Read the step and the tensors of a checkpoint that `newest` found."""
+    """Read the step and the tensors, by name and of their shapes, of a checkpoint that `newest` found."""
     return int(path.stem.removeprefix("step-")), load_file(path)
 
 
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with `prefix.`, without it."""
+    """Return the tensors, of any shape, whose names begin with `prefix.`, without it."""
     return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(prefix + ".")}
 
 
 def module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
-    """Return a module's state as `prefix.<name>`, gathered if it is sharded; empty on all but the first process."""
+    """Return a module's state as `prefix.<name>`, in whole shapes if sharded; empty on all but the first process."""
     state = states.get_model_state_dict(module, options=_GATHERED)
     return {f"{prefix}.{name}": value for name, value in state.items()}
 
 
 def load_module(prefix: str, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Undo `module_tensors`, on every process.
+    """Undo `module_tensors`, on every process; tensors have the shapes of the whole module.
 
     Raises:
         ValueError: when the tensors are those of another module.
@@ -99,7 +101,7 @@ def load_module(prefix: str, module: nn.Module, tensors: dict[str, Tensor]) -> N
 
 
 def optimizer_tensors(prefix: str, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimiser's state as `prefix.<parameter>.<name>`; empty before its first step."""
+    """Return the optimiser's state as `prefix.<parameter>.<name>`, in whole shapes; empty before its first step."""
     if not optimizer.state:
         return {}
     state = states.get_optimizer_state_dict(module, optimizer, options=_GATHERED).get("state", {})

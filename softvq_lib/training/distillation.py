@@ -129,7 +129,7 @@ class Distilled(nn.Module):
         self.head = nn.Linear(encoder.width, teacher_width)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Predict the teacher's features of images (b, 3, height, width), (b, n, teacher_width)."""
+        """Predict the teacher's features (b, n, teacher_width) of images (b, 3, height, width) in [-1, 1]."""
         return self.head(patch_outputs(self.vit, images))
 
 

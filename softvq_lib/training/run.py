@@ -6,13 +6,16 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 
-from softvq_lib import ROOT, config
+from softvq_lib import ROOT, cards, config
+from softvq_lib.cards import Number, Trained
 from softvq_lib.training.config import TrainConfig
 from softvq_lib.training.files import locked, read_lines, write_json
 
@@ -91,14 +94,17 @@ class Run:
 
     @property
     def name(self) -> str:
+        """Name of its directory."""
         return self.path.name
 
     @property
     def config_hash(self) -> str:
+        """Fingerprint of the resolved configuration, a sha256 in hex."""
         return config.fingerprint(self.identity)
 
     @property
     def manifest(self) -> dict:
+        """What was noted of it so far (state, device, versions, results); {} before it starts."""
         path = self.path / "manifest.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
@@ -120,6 +126,31 @@ class Run:
                 if name not in ("step", "lr") and not name.startswith("val_"):
                     curves.setdefault(name, []).append([row["step"], value])
         return curves
+
+    def described(self, model: object, measured: Sequence[Number] = (), before: dict | None = None) -> dict:
+        """Return what the config.json of the model says of this run, see `softvq_lib.cards.Trained`.
+
+        Args:
+            model: Its configuration, a dataclass, whose settings are left out.
+            measured: The run's own results.
+            before: What it said so far; metrics that were not measured this time keep their numbers.
+        """
+        data = self.data
+        assert data is not None, "a run that is only read knows no data"
+        settings = {k: v for k, v in self.identity.items() if k != "data" and k not in config.fields_of(type(model))}
+        if self.identity.get("pretrained"):  # the one setting of the model that only its training has
+            settings["pretrained"] = True
+        told = Trained(
+            data=data.name,
+            data_fingerprint=data.fingerprint,
+            images=len(data.train),
+            held_out=len(data.validation),
+            classes=len(data.classes or []),
+            settings=settings,
+            config_hash=self.config_hash,
+            measured=cards.joined(measured, before, self.config_hash),
+        )
+        return asdict(told)
 
     @property
     def seconds(self) -> float:
@@ -178,7 +209,11 @@ class Run:
         write_json(self.path / "config.json", ours)
 
     def difference(self) -> str:
-        """Say in which settings the run on the disk differs from this one; empty when in none."""
+        """Say in which settings the run on the disk differs from this one; empty when in none.
+
+        Raises:
+            ValueError: when what the run on the disk says of itself cannot be read.
+        """
         held = self.path / "config.json"
         if not held.exists():
             return ""

@@ -298,13 +298,14 @@ class TokenizerTrainer(Trainer):
     def export(self, model: Tokenizer) -> None:
         made, part = (self.run.path / name for name in ("tokenizer", ".tokenizer.part"))
         shutil.rmtree(part, ignore_errors=True)
+        model.trained = self.run.described(model.config)
         model.eval().save_pretrained(part)
         shutil.rmtree(made, ignore_errors=True)
         part.rename(made)
 
 
 def math_is_fine(each: dict[str, Tensor]) -> bool:
-    """Tell whether all numbers are finite, asking the device once."""
+    """Tell whether all numbers, of any shape and by name, are finite, asking the device once."""
     return bool(torch.isfinite(torch.stack([value.detach().float().sum() for value in each.values()])).all())
 
 

@@ -420,7 +420,7 @@ class Trainer:
         )
 
     def backward(self, part: Batch, first: int, share: float) -> dict[str, Tensor]:
-        """Add `share` of the gradient of a micro-batch's loss; return its terms, "loss" among them.
+        """Add `share` of the gradient of a micro-batch's loss; return its terms, detached scalars, "loss" among them.
 
         Args:
             part: Some rows of the step's batch, on the device.
@@ -434,7 +434,7 @@ class Trainer:
         return model
 
     def after_step(self, terms: dict[str, Tensor]) -> None:
-        """Do what follows the optimisers' step, given its terms."""
+        """Do what follows the optimisers' step, given its terms, scalars by name."""
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Measure a model on held-out data, keep pictures, and return the numbers to be logged."""
