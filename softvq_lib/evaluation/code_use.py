@@ -107,7 +107,7 @@ class CodeUse:
         }
 
     def measure(self) -> dict[str, tuple[np.ndarray | float, np.ndarray]]:
-        """Return, each with what it becomes without each of the groups of images, for `jackknife`:
+        """Return these, each with what it becomes without each of the groups of images, for `jackknife`.
 
         code_entropy: H(E q) over all codes and tokens; exp of it is the effective codebook size, 1 to codebooks x k.
         codebook_entropy: The same of each codebook, (codebooks,).

@@ -61,7 +61,7 @@ def open_pixels(
     what: str | None = None,
     workers: int | None = 0,
 ) -> Pixels:
-    """Take images of any of these kinds:
+    """Take images of any of these kinds.
 
     - a tensor (n, 3, height, width): uint8, or float in [-1, 1];
     - an iterable of such tensors, for images that are made as they are measured (a generator is read once);

@@ -129,7 +129,10 @@ def image_statistics(
     """Extract features of images, batch by batch, and return their statistics.
 
     Args:
-        images, image_size, convention, crop: As in `open_pixels`.
+        images: As in `open_pixels`.
+        image_size: As in `open_pixels`.
+        convention: As in `open_pixels`.
+        crop: As in `open_pixels`.
         extractor: A name of `extractors.EXTRACTORS`, or an `Extractor`.
         kept: Most features of the sample.
         batch_size: Images that the extractor sees at once.
@@ -227,7 +230,9 @@ def reference_statistics(
     Args:
         images: As in `open_pixels`, such as a tensor (n, 3, height, width).
         path: The file, .safetensors; about 80 MB with 1,280 features.
-        extractor, kept, options: As in `image_statistics`.
+        extractor: As in `image_statistics`.
+        kept: As in `image_statistics`.
+        options: The others of `image_statistics`.
 
     Raises:
         ValueError: when the file is of other images, another size, crop, conversion to bytes or extractor, naming
@@ -334,8 +339,9 @@ def write_batch(images: Images | Pixels, path: str | Path, **options) -> Path:
     """Write images as a batch for ADM's evaluator: an .npz with one array `arr_0`, uint8 (n, height, width, 3).
 
     Args:
-        images, options: As in `open_pixels`; a finished export is merged. The number of images has to be known.
+        images: As in `open_pixels`; a finished export is merged. The number of images has to be known.
         path: The file.
+        options: As in `open_pixels`.
 
     Returns:
         Its path. The same images give the same bytes.

@@ -23,7 +23,7 @@ class NotFiniteError(ValueError):
 
 
 def in_fp32(x: Tensor) -> torch.autocast:
-    """Return a context in which autocast leaves operations on `x`, of any shape, alone. (Meta tensors have none.)"""
+    """Return a context in which autocast leaves `x`, of any shape, alone; meta tensors have no autocast."""
     return torch.autocast("cpu" if x.device.type == "meta" else x.device.type, enabled=False)
 
 

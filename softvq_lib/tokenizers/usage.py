@@ -28,7 +28,7 @@ class CodebookUsage:
         self.tokens += posterior.shape[1]
 
     def summary(self) -> dict[str, float]:
-        """Return, averaged over codebooks:
+        """Return two numbers, averaged over codebooks.
 
         usage: share of codes that are the most likely one of at least one token, 0 to 1.
         perplexity: exp H(average posterior), 1 to k.
