@@ -97,7 +97,11 @@ def test_what_is_saved_is_loaded(tmp_path, generator):
     state = torch.get_rng_state()
     loaded = load_generator(tmp_path / "a/b")
     assert torch.equal(torch.get_rng_state(), state)
-    assert sorted(path.name for path in (tmp_path / "a/b").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "a/b").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
     assert loaded.model.config == model.config and not loaded.model.training
     assert torch.equal(loaded.mean, mean) and torch.equal(loaded.std, std)
     assert (loaded.tokenizer, loaded.tokenizer_hash, loaded.origin) == ("t", "0a", None)

@@ -17,6 +17,7 @@ LAYERS = [
     {"training"},
     {"evaluation"},
     {
+        "conversion",
         "results",
         "tables",
         "figures",
@@ -27,6 +28,8 @@ LAYERS = [
         "method_figures",
         "costs",
         "experiments",
+        "explorables",
+        "explorable_figures",
         "distilling",
         "generation",
         "sampling",

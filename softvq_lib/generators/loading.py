@@ -1,18 +1,19 @@
 """Generators on the disk and the hub: config.json and model.safetensors, with the statistics of the latents."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from softvq_lib import weights
+from softvq_lib import cards, weights
 from softvq_lib.config import one_of, split
 from softvq_lib.data.latents import NORMALISE
 from softvq_lib.generators import published
 from softvq_lib.generators.build import build_generator
+from softvq_lib.generators.card import card
 from softvq_lib.generators.dit import DiT
 from softvq_lib.generators.mar import MAR
 from softvq_lib.generators.presets import GeneratorConfig
@@ -50,6 +51,7 @@ class About:
         tokenizer_hash: Its fingerprint, as the cache of latents recorded it.
         origin: Name of the published generator that the weights come from.
         weights_sha256: Checksum of model.safetensors.
+        trained: What it was trained on and how, and what was measured, see `softvq_lib.cards.Trained`.
     """
 
     mean: float | list | None = None
@@ -59,6 +61,7 @@ class About:
     tokenizer_hash: str | None = None
     origin: str | None = None
     weights_sha256: str | None = None
+    trained: dict | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Loaded:
         tokenizer_hash: Fingerprint of that tokenizer, None where unknown.
         origin: Name of the published generator that it is, None for ours.
         sampling: How its authors sample; the defaults for ours.
+        trained: What it was trained on and how, and what was measured, see `softvq_lib.cards.Trained`.
     """
 
     model: SiT | DiT | MAR
@@ -82,6 +86,7 @@ class Loaded:
     tokenizer_hash: str | None = None
     origin: str | None = None
     sampling: SampleConfig = SampleConfig()
+    trained: dict | None = None
 
     def normalise(self, z: Tensor) -> Tensor:
         """Map a tokenizer's latents (b, l, d) to what the model is trained on."""
@@ -102,8 +107,9 @@ def save_generator(
     std: float | Sequence[float] | Tensor,
     normalise: str = "scalar",
     origin: str | None = None,
+    trained: Mapping | None = None,
 ) -> None:
-    """Write weights, then config.json with their checksum.
+    """Write weights, then config.json with their checksum, and the model card.
 
     Args:
         model: What to save.
@@ -114,20 +120,48 @@ def save_generator(
         std: Their standard deviation, alike.
         normalise: `scalar`, one number for all channels, or `channel`, one for each.
         origin: Name of the published generator that the weights come from.
+        trained: What it was trained on and how, see `softvq_lib.cards.Trained`.
 
     Raises:
-        ValueError: for statistics that cannot be those of such latents.
+        ValueError: for statistics that cannot be those of such latents, or a `trained` that is not one.
     """
+    cards.read_trained(trained)
     mean, std = (_plain(x, normalise) for x in (mean, std))
     _check_statistics(mean, std, normalise, model.config.dim)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
     def settings(sha256: str) -> dict:
-        about = About(mean, std, normalise, tokenizer, tokenizer_hash, origin, sha256)
+        about = About(mean, std, normalise, tokenizer, tokenizer_hash, origin, sha256, trained)
         return {**asdict(model.config), **asdict(about)}
 
     weights.save(model, folder, settings)
+    _write_card(folder, model.config, _parameters(model))
+
+
+def describe_generator(folder: str | Path, trained: Mapping) -> None:
+    """Put `trained` into the config.json of a saved generator and into its card, where they say other; not its weights.
+
+    Raises:
+        ValueError: for a folder without generator, or a `trained` that is not one.
+    """
+    cards.read_trained(trained)
+    folder = Path(folder)
+    known = weights.read_settings(folder / weights.CONFIG)
+    if known.get("trained") != trained:
+        weights.write_settings(folder, known | {"trained": dict(trained)})
+    config, _ = split(known, GeneratorConfig, About)
+    _write_card(folder, config.resolved(), _parameters(_empty(config.resolved())))
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _write_card(folder: Path, config: GeneratorConfig, parameters: int) -> None:
+    _, about = split(weights.read_settings(folder / weights.CONFIG), GeneratorConfig, About)
+    told = {name: getattr(about, name) for name in ("mean", "std", "tokenizer", "tokenizer_hash", "origin", "trained")}
+    cards.write(card(config, parameters, **told), folder)
 
 
 def load_generator(
@@ -174,6 +208,7 @@ def load_generator(
             config, about = _published(settings, str(name))
         else:
             config, about = split(settings, GeneratorConfig, About)
+            cards.read_trained(about.trained)
             if "generator" not in settings:
                 raise ValueError("neither a generator nor the authors' settings (input_size, ...) are in it.")
             config = config.resolved()
@@ -204,6 +239,7 @@ def load_generator(
         tokenizer_hash=about.tokenizer_hash,
         origin=about.origin,
         sampling=published.SAMPLING[config.generator] if theirs else SampleConfig(),
+        trained=about.trained,
     )
 
 

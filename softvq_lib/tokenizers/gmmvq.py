@@ -51,10 +51,9 @@ class GMMVQ(CodebookQuantizer):
 
     def _log_q(self, z_hat: Tensor, omega: Tensor) -> Tensor:
         z, c = self.segments(fp32(z_hat)), fp32(self.codebook)
-        if torch.compiler.is_compiling():  # cdist's way of computing follows from the batch's size; a graph has but one
-            distances = -scores(*distance_operands(z, c), root=True)  # (n, t, k)
-        else:
-            distances = torch.cdist(z, c)
+        # cdist's way of computing follows from the batch's size; a graph has but one.
+        fixed = torch.compiler.is_compiling()
+        distances = -scores(*distance_operands(z, c), root=True) if fixed else torch.cdist(z, c)  # (n, t, k)
         return F.log_softmax(-self.segments(omega) * distances, dim=-1)
 
     def log_posterior(self, z_hat: Tensor, omega: Tensor | None = None) -> Tensor:

@@ -36,8 +36,8 @@ def refuse_bad_input(z_hat: Tensor, channels: int) -> None:
     """Raise ValueError for anything but finite tokens (b, l, channels); the message names the batch rows."""
     if z_hat.ndim != 3 or z_hat.shape[-1] != channels:
         raise ValueError(f"z_hat of shape {tuple(z_hat.shape)} does not fit: give (batch, tokens, {channels}).")
-    # One sum costs next to nothing; rows are looked for only when it is off, since large values may overflow it. A graph
-    # that is being compiled or exported cannot depend on what is found.
+    # One sum costs next to nothing; rows are looked for only when it is off, since large values may overflow it.
+    # A graph that is being compiled or exported cannot depend on what is found.
     if z_hat.device.type == "meta" or torch.compiler.is_compiling() or z_hat.detach().sum().isfinite():
         return
     rows = (~z_hat.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
@@ -159,7 +159,7 @@ class CodebookQuantizer(Quantizer):
         return rearrange(x, "b (n m) ... -> n (b m) ...", n=len(self.codebook))
 
     def unsegment(self, x: Tensor, batch: int) -> Tensor:
-        """Undo `segments`: (n, b l/n, ...) to (b, l, ...). The batch is b, as `x.shape[0]`: `len` is fixed in exports."""
+        """Undo `segments`: (n, b l/n, ...) to (b, l, ...). Give the batch as `shape[0]`: exports fix `len`."""
         return rearrange(x, "n (b m) ... -> b (n m) ...", b=batch)
 
     def by_codebook(self, x: Tensor) -> Tensor:

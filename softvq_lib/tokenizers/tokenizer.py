@@ -141,8 +141,8 @@ class Tokenizer(nn.Module, PyTorchModelHubMixin):
             half.vit.set_grad_checkpointing(enable)
 
     # What config.json says beside the configuration: mean and standard deviation of the latents over the data, the name
-    # of the published tokenizer that the weights come from, and what it was trained on (`softvq_lib.cards.Trained`, as a
-    # dictionary), which is to be set to None by who trains it further. None where unknown.
+    # of the published tokenizer that the weights come from, and what it was trained on, a `softvq_lib.cards.Trained` as
+    # dictionary, which is to be set to None by who trains it further. None where unknown.
     latent_mean: float | None = None
     latent_std: float | None = None
     origin: str | None = None
@@ -187,5 +187,5 @@ class Tokenizer(nn.Module, PyTorchModelHubMixin):
         loading.save(self, save_directory)
 
     def generate_model_card(self, *args: object, **kwargs: object) -> ModelCard:
-        """Return the card that `save_pretrained` and `push_to_hub` write as README.md, unless somebody's own is there."""
+        """Return the card that `save_pretrained` and `push_to_hub` write as README.md, or keep somebody's own."""
         return card(self)

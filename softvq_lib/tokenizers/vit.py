@@ -93,7 +93,9 @@ def patch_outputs(vit: nn.Module, images: Tensor) -> Tensor:
 
 
 def _positions(tokens: int, width: int) -> nn.Parameter:
-    return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, tokens, width), std=0.02))
+    positions = nn.Parameter(torch.empty(1, tokens, width))
+    nn.init.trunc_normal_(positions, std=0.02)  # what it returns is not used: loaders put something else in its place
+    return positions
 
 
 class Encoder(nn.Module):

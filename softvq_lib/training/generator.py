@@ -311,6 +311,7 @@ class GeneratorTrainer(Trainer):
             mean=mean,
             std=std,
             normalise=self.latent.normalise,
+            trained=self.run.described(model.config),
         )
         shutil.rmtree(made, ignore_errors=True)
         part.rename(made)
