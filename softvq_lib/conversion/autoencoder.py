@@ -152,10 +152,9 @@ class AutoencoderSoftVQ(ModelMixin, ConfigMixin):
         model.tokenizer.load_state_dict(tokenizer.state_dict())
         return model.to(next(tokenizer.parameters()).device).eval()
 
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation that fit maps (b, d, h, w), (1, d or 1, 1, 1) each."""
-        known = self.config.latent_mean, self.config.latent_std
-        return tuple(torch.tensor(x, device=like.device).to(like.dtype).reshape(1, -1, 1, 1) for x in known)
+    def _statistics(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of the kind of tokens (b, l, d), () or (d,) each."""
+        return tuple(torch.tensor(x).to(z) for x in (self.config.latent_mean, self.config.latent_std))
 
     def to_grid(self, z: Tensor) -> Tensor:
         """Lay out tokens (b, l, c) as maps (b, c, h, w)."""
@@ -169,9 +168,8 @@ class AutoencoderSoftVQ(ModelMixin, ConfigMixin):
         """
         shape = (self.config.latent_channels, *self.config.grid)
         if maps.ndim != 4 or tuple(maps.shape[1:]) != shape:
-            raise ValueError(
-                f"latents of shape {tuple(maps.shape)} do not fit: give (batch, {', '.join(map(str, shape))})."
-            )
+            wanted = ", ".join(map(str, shape))
+            raise ValueError(f"latents of shape {tuple(maps.shape)} do not fit: give (batch, {wanted}).")
         return rearrange(maps, "b c h w -> b (h w) c")
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
@@ -182,16 +180,13 @@ class AutoencoderSoftVQ(ModelMixin, ConfigMixin):
         """
         code = self.tokenizer.encode(x)
         if self.tokenizer.config.quantizer == "kl":
-            mean, log_variance = (
-                self.to_grid(part).to(x.dtype) for part in self.tokenizer.quantizer.moments(code.z_hat)
-            )
+            mean, log_variance = self.tokenizer.quantizer.moments(code.z_hat)
             shift, scale = self._statistics(mean)
-            moments = [(mean - shift) / scale, log_variance - 2 * scale.log()]
-            found = DiagonalGaussianDistribution(torch.cat(torch.broadcast_tensors(*moments), dim=1))
+            moments = torch.cat([(mean - shift) / scale, log_variance - 2 * scale.log()], dim=-1)  # (b, l, 2 d)
+            found = DiagonalGaussianDistribution(self.to_grid(moments).to(x.dtype))
         else:
-            maps = self.to_grid(code.z).to(x.dtype)
-            shift, scale = self._statistics(maps)
-            found = IdentityDistribution((maps - shift) / scale)
+            shift, scale = self._statistics(code.z)
+            found = IdentityDistribution(self.to_grid((code.z - shift) / scale).to(x.dtype))
         return AutoencoderKLOutput(latent_dist=found) if return_dict else (found,)
 
     def decode(
@@ -204,8 +199,9 @@ class AutoencoderSoftVQ(ModelMixin, ConfigMixin):
             return_dict: Else a tuple.
             generator: Not used; some pipelines give one.
         """
-        shift, scale = self._statistics(z)
-        images = self.tokenizer.decode(self.to_tokens(z * scale + shift))
+        tokens = self.to_tokens(z)
+        shift, scale = self._statistics(tokens)
+        images = self.tokenizer.decode(tokens * scale + shift)
         return DecoderOutput(sample=images) if return_dict else (images,)
 
     def forward(

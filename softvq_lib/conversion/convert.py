@@ -162,8 +162,12 @@ def find_statistics(source: str | Path | None, tokenizer: Tokenizer, normalise: 
     return Statistics(loaded.mean.tolist(), loaded.std.tolist(), known=True)
 
 
-def relative(found, wanted) -> float:
-    """Return the largest difference of two arrays of one shape, relative to the largest number of `wanted` above 1."""
+def relative(found: object, wanted: object) -> float:
+    """Return the largest difference of two arrays of one shape, relative to the largest number of `wanted` above 1.
+
+    Raises:
+        ValueError: for two shapes.
+    """
     import numpy as np
 
     found, wanted = np.asarray(found, dtype=np.float64), np.asarray(wanted, dtype=np.float64)

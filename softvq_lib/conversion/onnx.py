@@ -88,11 +88,9 @@ def write(tokenizer: Tokenizer, folder: Path, statistics: Statistics, *, opset: 
     }
     size = config.image_size
     metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}
-    with torch.no_grad():
-        images = torch.zeros(2, 3, size, size)
-        _export(_Encoder(tokenizer), images, ["images"], ["z", "z_hat"], folder / ENCODER, opset, metadata)
-        z = torch.zeros(2, config.tokens, config.dim)
-        _export(_Decoder(tokenizer), z, ["z"], ["images"], folder / DECODER, opset, metadata)
+    images, z = torch.zeros(2, 3, size, size), torch.zeros(2, config.tokens, config.dim)
+    to_file(_Encoder(tokenizer).eval(), images, ["images"], ["z", "z_hat"], folder / ENCODER, opset, metadata)
+    to_file(_Decoder(tokenizer).eval(), z, ["z"], ["images"], folder / DECODER, opset, metadata)
     weights.write_settings(folder, {"format": "onnx", "opset": opset} | about)
     said = "The tokenizer came without mean and standard deviation of its latents, so these are 0 and 1 here."
     if statistics.known:
@@ -101,7 +99,7 @@ def write(tokenizer: Tokenizer, folder: Path, statistics: Statistics, *, opset: 
     cards.write(card(tokenizer, use=use, library="onnx"), folder)
 
 
-def _export(
+def to_file(
     module: nn.Module,
     example: Tensor,
     inputs: list[str],
@@ -110,11 +108,22 @@ def _export(
     opset: int,
     metadata: dict[str, str],
 ) -> None:
+    """Write a module of one input as an ONNX file.
+
+    Args:
+        module: In evaluation mode, on the CPU.
+        example: An input (b, ...), b above 1; in the file b is free.
+        inputs: The input's name.
+        outputs: Names of the outputs.
+        path: The file.
+        opset: Version of the operators.
+        metadata: For the file, by name.
+    """
     size = sum(x.numel() * x.element_size() for x in module.state_dict().values())
-    with warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about itself
         program = torch.onnx.export(
-            module.eval(),
+            module,
             (example,),
             dynamo=True,
             input_names=inputs,
