@@ -3,6 +3,7 @@
 Nothing heavy is imported before a command needs it, so that `--help` answers at once.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -81,7 +82,9 @@ _OUT = _options(
         help="Where to, a folder of this output alone.",
     ),
     click.option(
-        "--overwrite", is_flag=True, help="Remove first what an earlier such command wrote there, and nothing else."
+        "--overwrite",
+        is_flag=True,
+        help="Remove first what an earlier such command wrote there; a folder with other files is refused.",
     ),
 )
 _BATCH = click.option(
@@ -205,7 +208,7 @@ def encode(tokenizer: str, images: str, out: Path, **options: object) -> None:
     """
     from softvq_lib.coding import encode_images
 
-    cache = encode_images(tokenizer, images, out, **_asked(options))
+    cache = encode_images(tokenizer, images, out, **_asked(options), progress=sys.stderr.isatty())
     header = cache.header
     size = sum(entry["bytes"] for entry in header["shards"]) / 1e6
     left = f"; {len(header['left_out'])} unreadable left out" if header["left_out"] else ""
@@ -235,7 +238,7 @@ def decode(tokenizer: str, latents: Path, out: Path, **options: object) -> None:
     """
     from softvq_lib.coding import decode_latents
 
-    click.echo(decode_latents(tokenizer, latents, out, **_asked(options)))
+    click.echo(decode_latents(tokenizer, latents, out, **_asked(options), progress=sys.stderr.isatty()))
 
 
 @cli.command(
@@ -286,7 +289,8 @@ def sample(
     _needed(values, "generator")
     if not values.get("exported"):
         values.pop("exported", None)
-        click.echo(sample_pictures(out, overwrite=overwrite, **values, **_asked({"each": each})))
+        options = _asked({"each": each}) | {"overwrite": overwrite, "progress": sys.stderr.isatty()}
+        click.echo(sample_pictures(out, **options, **values))
         return
     if overwrite or each:
         raise click.UsageError("--overwrite and --each go with PNG files: leave them out with --export")
@@ -343,6 +347,50 @@ def evaluate(file: Path | None, given: tuple, images: str | None, **options: obj
     values = _values(file, given, options | {"dataset": images})
     _needed(values, "tokenizer", "dataset")
     click.echo(judge(**values))
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  softvq export mine -o mine-onnx
+  softvq export mine -o mine-vae --to diffusers --statistics new
+  softvq export SoftVQVAE/softvq-l-64 -o l64 --to diffusers"""
+)
+@click.argument("tokenizer")
+@_OUT
+@click.option("--to", metavar="FORMAT", help="onnx or diffusers.  [default: onnx]")
+@click.option(
+    "--statistics",
+    metavar="NAME",
+    help="Where mean and deviation of the latents are from: a generator that was trained on them, or a folder that "
+    "`softvq encode` wrote.  [default: the tokenizer's own, else 0 and 1]",
+)
+@click.option(
+    "--normalise", metavar="NAME", help="Of a folder of latents: scalar, or channel for each apart.  [default: scalar]"
+)
+@click.option(
+    "--grid",
+    nargs=2,
+    type=int,
+    metavar="ROWS COLUMNS",
+    help="diffusers: how the tokens are laid out.  [default: the most nearly square]",
+)
+@click.option("--opset", type=int, metavar="N", help="ONNX: version of the operators.  [default: 18]")
+@click.option(
+    "--tolerance", type=float, metavar="X", help="Largest difference of outputs that passes.  [default: 1e-4]"
+)
+@click.option("--runs", metavar="FOLDER", help=_RUNS)
+@_DEBUG
+def export(tokenizer: str, out: Path, **options: object) -> None:
+    """Write a tokenizer as ONNX files or as a model for diffusers.
+
+    TOKENIZER is the name of a run, a folder, or a hub name (owner/name). What is written is run and compared with the
+    tokenizer; if its output is not the same, the command fails and leaves nothing. Needs the extra `export` of the
+    package: pip install 'softvq-book[export]'.
+    """
+    from softvq_lib.conversion import export as write
+
+    click.echo(write(tokenizer, out, **_asked(options)))
 
 
 @cli.command(

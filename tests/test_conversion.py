@@ -313,20 +313,42 @@ def test_nothing_is_written_over(tmp_path):
     (tmp_path / "full" / "mine.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for name in ("full", "file"):
-        with pytest.raises(ValueError, match=f"{name} exists, and nothing is written over"):
+        with pytest.raises(ValueError, match=f"{name} exists, and nothing is written over unasked"):
             export(tokenizer, tmp_path / name, to="diffusers")
+        with pytest.raises(ValueError, match=f"{name} holds more than an earlier export"):
+            export(tokenizer, tmp_path / name, to="diffusers", overwrite=True)
     assert (tmp_path / "full" / "mine.txt").read_text() == (tmp_path / "file").read_text() == "mine"
     (tmp_path / "empty").mkdir()
     export(tokenizer, tmp_path / "empty", to="diffusers")
     assert (tmp_path / "empty" / "config.json").exists()
     with pytest.raises(ValueError, match="empty exists"):
         export(tokenizer, tmp_path / "empty", to="diffusers")
+    export(tiny("kl"), tmp_path / "empty", to="diffusers", overwrite=True)
+    assert json.loads((tmp_path / "empty" / "config.json").read_text())["tokenizer_config"]["quantizer"] == "kl"
+    (tmp_path / "empty" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="empty holds more than an earlier export"):
+        export(tokenizer, tmp_path / "empty", to="diffusers", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full"]
 
 
 def test_the_tokenizer_that_is_given_stays_as_it_is(tmp_path):
     tokenizer = tiny("ae").train()
     export(tokenizer, tmp_path / "out", to="diffusers")
     assert tokenizer.training
+
+
+def test_the_command_writes_and_refuses(monkeypatch, tmp_path, capsys):
+    from softvq_lib.cli import main
+
+    tiny("ae").save_pretrained(tmp_path / "runs" / "mine" / "tokenizer")
+    monkeypatch.chdir(tmp_path)
+    command = ["export", "mine", "-o", "out", "--to", "diffusers", "--grid", "1", "4", "--runs", "runs"]
+    assert main(command) == 0
+    assert "out: diffusers" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["grid"] == [1, 4]
+    assert main(command) == 2
+    assert "error: out exists" in capsys.readouterr().err
+    assert main([*command, "--overwrite"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,14 @@ from softvq_lib.config import at_least, one_of
 from softvq_lib.data.latents import HEADER, NORMALISE, read_header, tokenizer_hash
 from softvq_lib.tokenizers import Tokenizer
 from softvq_lib.training.generator import find_tokenizer
+from softvq_lib.weights import CONFIG, read_settings
 
 # What each format needs, and the extra of the package that brings it.
 FORMATS = {"onnx": (("onnx", "onnxruntime", "onnxscript"), "export"), "diffusers": (("diffusers",), "export")}
 TOLERANCE = 1e-4
+# What an export consists of: names, and how those of weights begin, which large models have several of.
+_FILES = {CONFIG, "README.md", "autoencoder_softvq.py"}
+_STEMS = ("encoder.onnx", "decoder.onnx", "diffusion_pytorch_model")
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ def export(
     grid: Sequence[int] | None = None,
     opset: int = 18,
     tolerance: float = TOLERANCE,
+    overwrite: bool = False,
     runs: str | None = None,
 ) -> Exported:
     """Write a tokenizer in another format into a new folder, and check that its output is the same.
@@ -77,7 +82,8 @@ def export(
 
     Args:
         tokenizer: A tokenizer, its folder, the name of a run in the folder of runs, or a hub name.
-        out: The folder, which must not exist or be empty. It is there only when the check has been passed.
+        out: The folder, which must not exist or be empty, but for `overwrite`. It is there only when the check has been
+            passed.
         to: A key of `FORMATS`.
         statistics: Where mean and standard deviation of the latents are from: a generator that was trained on them, or
             a cache of latents. None: the tokenizer's own, which published ones have; else 0 and 1.
@@ -86,6 +92,7 @@ def export(
             square.
         opset: ONNX: version of the operators, 18 or above.
         tolerance: Largest difference that passes, relative as in `Exported.differences`.
+        overwrite: Replace what an earlier call wrote into the folder, once the new files have passed the check.
         runs: Folder of all runs, as in `TrainConfig`.
 
     Raises:
@@ -102,11 +109,11 @@ def export(
         raise ValueError(f"grid={tuple(grid)} is for to='diffusers' alone: leave it out with to={to!r}.")
     require(to)
     out = Path(out).expanduser()
-    check_new(out)
+    check_new(out, overwrite)
     model = copy.deepcopy(tokenizer) if isinstance(tokenizer, Tokenizer) else find_tokenizer(str(tokenizer), runs)
     model = model.cpu().float().eval()
     known = find_statistics(statistics, model, normalise, runs)
-    with new_folder(out) as part:
+    with new_folder(out, overwrite) as part:
         if to == "onnx":
             from softvq_lib.conversion import onnx
 
@@ -189,25 +196,56 @@ def refuse_unequal(differences: dict[str, float], tolerance: float, to: str) -> 
         )
 
 
-def check_new(folder: Path) -> None:
-    """Raise ValueError unless a folder does not exist or is empty."""
-    if folder.is_dir() and not any(folder.iterdir()):
+def check_new(folder: Path, overwrite: bool = False) -> None:
+    """Check that a folder may be written.
+
+    Args:
+        folder: The folder.
+        overwrite: It may also hold what `export` wrote, and nothing else.
+
+    Raises:
+        ValueError: for anything else that exists.
+    """
+    if not (folder.exists() or folder.is_symlink()):
         return
-    if folder.exists() or folder.is_symlink():
-        raise ValueError(f"{folder} exists, and nothing is written over: choose another folder, or remove it first.")
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {None}
+    if not names or (overwrite and _is_export(folder, names)):
+        return
+    remedy = "choose another folder, or remove it first"
+    if overwrite:
+        raise ValueError(f"{folder} holds more than an earlier export, so it is not replaced: {remedy}.")
+    raise ValueError(f"{folder} exists, and nothing is written over unasked: {remedy}.")
+
+
+def _is_export(folder: Path, names: set[str]) -> bool:
+    """Tell whether a folder holds one whole export and no other file."""
+    if CONFIG not in names or any(name not in _FILES and not name.startswith(_STEMS) for name in names):
+        return False
+    settings = read_settings(folder / CONFIG)
+    return settings.get("format") == "onnx" or settings.get("_class_name") == "AutoencoderSoftVQ"
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Give a hidden folder beside `folder` to write into, which takes its name at the end and goes with an error."""
-    part = folder.with_name(f".{folder.name}.part")
+def new_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Give a hidden folder beside `folder` to write into, which takes its name at the end and goes with an error.
+
+    Args:
+        folder: The folder; arguments as in `check_new`.
+        overwrite: See there.
+
+    Raises:
+        ValueError: when something came into the folder's place meanwhile.
+    """
+    part, old = (folder.with_name(f".{folder.name}.{word}") for word in ("part", "old"))
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         yield part
-        check_new(folder)  # somebody may have been here meanwhile
+        check_new(folder, overwrite)
         if folder.is_dir():
-            folder.rmdir()
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
         part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
