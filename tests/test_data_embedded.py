@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 
-from softvq_lib.data import DataConfig, open_dataset
+from softvq_lib.data import DataConfig, mixed, open_dataset, photographs
 from softvq_lib.data.digits import DigitsSource, load_digits, split_rows
 from softvq_lib.data.shapes import CLASSES, PALETTE, TEXTURES, ShapesSource, draw, draw_factors
 from softvq_lib.data.source import fixed_order
 
 # Mean colours of the first training pictures at 32 pixels.
 SHAPE_MEANS = [[117.6, 86.3, 145.2], [64.3, 142.8, 150.5], [105.6, 93.6, 146.2], [146.5, 107.3, 99.1]]
+WINDOWS = [("flower", (154, 158, 304, 308)), ("flower", (387, 244, 565, 422))]
 
 
 def test_digits_split_is_stratified_and_disjoint():
@@ -112,6 +113,8 @@ def test_embedded_data_sets_never_change():
     source = ShapesSource("train", 32)
     means = [np.asarray(source[i][0]).mean((0, 1)).tolist() for i in range(4)]
     assert means == [pytest.approx(mean, abs=0.5) for mean in SHAPE_MEANS]
+    windows = [photographs.window(split, 0) for split in ("train", "validation")]
+    assert windows == WINDOWS
 
 
 @pytest.mark.parametrize("index", [-1, 10])
@@ -125,3 +128,37 @@ def test_any_prefix_of_the_held_out_digits_is_mixed():
     labels = DigitsSource("validation").labels
     counts = np.bincount(labels[:200], minlength=10)
     assert counts.min() >= 8 and counts.max() <= 35
+
+
+def test_windows_of_photographs_are_held_out_by_place():
+    for split in ("train", "validation"):
+        for index in range(200):
+            name, (left, top, right, bottom) = photographs.window(split, index)
+            width, height = photographs.load_photograph(name).size
+            edge = round(photographs.TRAINED_SHARE[name] * width)
+            assert 0 <= top < bottom <= height and right - left == bottom - top >= photographs.SMALLEST
+            assert (left >= 0 and right <= edge) if split == "train" else (edge <= left and right <= width)
+
+
+def test_photographs_are_windows_of_every_size():
+    data = open_dataset(DataConfig("photographs"), 24)
+    assert (len(data.train), len(data.validation)) == (12_000, 1_000) and data.classes == ["china", "flower", "hopper"]
+    image, label = data.validation[3]
+    name, box = photographs.window("validation", 3)
+    assert image.size == (24, 24) and image.mode == "RGB" and data.classes[label] == name
+    whole = np.asarray(photographs.load_photograph(name).crop(box)).mean((0, 1))
+    assert np.asarray(image).mean((0, 1)) == pytest.approx(whole, abs=4)
+    sides = [photographs.window("train", i)[1] for i in range(300)]
+    assert max(right - left for left, _, right, _ in sides) > 3 * min(right - left for left, _, right, _ in sides)
+
+
+def test_mixed_takes_the_three_in_turns():
+    data = open_dataset(DataConfig("mixed"), 32)
+    assert data.describe().startswith("mixed: 12,000 training and 3,000 validation images, 3 classes (digit, shape, ph")
+    parts = [open_dataset(DataConfig(name), 32).validation for name in ("digits", "shapes", "photographs")]
+    for index in (0, 1, 2, 3, 2_999):
+        image, label = data.validation[index]
+        assert label == index % 3
+        assert np.array_equal(np.asarray(image), np.asarray(parts[label][index // 3][0]))
+    assert len(open_dataset(DataConfig("mixed", limit=10), 32).train) == 10
+    assert data.validation.name(4) == "shape 1" and data.classes == mixed.CLASSES

@@ -4,9 +4,8 @@
     What the picture shows, under it.
     ```
 
-The page then holds a static figure, which stays without JavaScript and is replaced with it. Scripts and data lie in
-`_static/explore`; Jupyter Book would put every script below `_static` into every page, so they are taken out again
-and given to the pages that need them.
+Without JavaScript the page shows a static figure. Scripts and data lie in `_static/explore`; Jupyter Book would put
+every script below `_static` into every page, so they are taken out again and given to the pages that need them.
 """
 
 from html import escape
@@ -63,10 +62,11 @@ class Explorable(SphinxDirective):
         self.env.metadata[self.env.docname].setdefault("explorables", "")
         self.env.metadata[self.env.docname]["explorables"] += f" {kind}"
         source = "../" * self.env.docname.count("/") + f"_static/{still}"
+        # Inside noscript, so that a page that runs the picture does not load its stand-in.
         start = (
             f'<div class="explore" data-explore="{kind}" role="group" aria-label="Explorable picture: {kind}">'
-            f'<figure class="explore-still"><img class="dark-light" src="{source}" alt="{KINDS[kind][1]}">'
-            '<noscript><p class="explore-note">With JavaScript this picture can be explored.</p></noscript></figure>'
+            f'<noscript><figure class="explore-still"><img class="dark-light" src="{source}" alt="{KINDS[kind][1]}">'
+            '<p class="explore-note">With JavaScript this picture can be explored.</p></figure></noscript>'
         )
         caption = nodes.container(classes=["explore-caption"])
         caption += self.parse_content_to_nodes()

@@ -137,11 +137,11 @@
       try {
         await made[kind](stage, api.data[kind]);
       } catch (error) {
-        root.dataset.state = "failed"; // the static figure stays
+        root.dataset.state = "failed";
+        const still = root.querySelector("noscript");
+        if (still) root.insertAdjacentHTML("afterbegin", still.textContent); // what stands there without JavaScript
         throw error;
       }
-      const still = root.querySelector(".explore-still");
-      if (still) still.remove();
       root.prepend(stage);
       root.dataset.state = "ready";
     }
