@@ -1,4 +1,4 @@
-"""Gaussian diffusion in discrete time: schedules, the hybrid loss and samplers, as DiT and MAR use them.
+"""Gaussian diffusion in discrete time (Eq. 3): schedules, the hybrid loss and samplers, as DiT and MAR use them.
 
 x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps with a_t the product of 1 - beta up to t = 0 ... T-1 (Ho et al. 2020). A
 network sees x_t and t and returns eps and v on the last axis; v places the log variance of a step between that of the

@@ -1,4 +1,4 @@
-"""Stochastic interpolants (SiT): paths between data and noise, what a network may predict, and its loss.
+"""Stochastic interpolants (SiT, Eq. 3): paths between data and noise, what a network may predict, and its loss.
 
 A noisy latent is x_t = alpha_t data + sigma_t noise, with the noise level t from 0, data, to 1, noise. Its velocity is
 dx_t/dt. SiT's own code runs time the other way: its t is 1 - t here, and its velocity has the other sign. REPA and the

@@ -1,4 +1,4 @@
-"""KL: a Gaussian posterior on each latent token, held to N(0, 1) (KL-VAE, Sec. 2.1)."""
+"""KL: a Gaussian posterior on each latent token, held to N(0, 1) (KL-VAE, Eq. 1, Sec. 2.1)."""
 
 from torch import Tensor
 

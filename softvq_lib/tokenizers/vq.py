@@ -1,4 +1,4 @@
-"""VQ: each latent token becomes its nearest codeword, with a straight-through gradient (VQ-VAE, Sec. 2.1)."""
+"""VQ: each latent token becomes its nearest codeword, with a straight-through gradient (VQ-VAE, Eq. 2, Sec. 2.1)."""
 
 import torch
 import torch.nn.functional as F
