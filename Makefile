@@ -1,12 +1,14 @@
 # Sets up the project's own virtual environment and runs its main jobs.
 # `make help` lists them; variables: PYTHON (used to create the environment), VENV (where it stands), PORT (make serve),
-# DATASET and JOBS (make experiments).
+# WORKERS (make test, make coverage; 0 is one process without any), DATASET and JOBS (make experiments).
 
 PYTHON ?= python3
 VENV ?= .venv
 PORT ?= 8000
 DATASET ?=
 JOBS ?= 2
+WORKERS ?= 2
+COVERAGE ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -19,7 +21,7 @@ unexport PYTHONHOME
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test test-faults experiments figures notebooks book serve lint
+.PHONY: help setup train test test-faults experiments figures notebooks book check-site serve coverage hooks lint
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -43,16 +45,25 @@ train: $(STAMP) ## train a tokenizer: the notebook's executed copy goes to runs/
 	@mkdir -p runs
 	$(BIN)/papermill book/train_tokenizer.ipynb runs/train_tokenizer.ipynb -p tokens 64
 
+# All tests of a file run on one worker, in order, for they share what the file has prepared.
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
 # Both halves run even if the first fails; runs start from an empty directory, so training really happens.
 test: $(STAMP) ## run all tests: pytest, then the notebooks against their stored outputs
 	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && \
 	export SOFTVQ_RUNS="$$runs" HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 && failed=0; \
-	$(BIN)/python -m pytest || failed=1; \
+	$(PYTEST) $(if $(COVERAGE),--cov --cov-report=) || failed=1; \
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 book || failed=1; \
 	exit $$failed
 
 test-faults: $(STAMP) ## kill 400 training runs and compare how they end: some minutes
 	$(BIN)/python -m pytest -m slow tests
+
+coverage: $(STAMP) ## run the library's tests and say which lines they reach; lines are shown in _build/coverage
+	$(PYTEST) --cov --cov-report=term --cov-report=html
+
+hooks: $(STAMP) ## have git check each commit: style, clean notebooks, no large files
+	$(BIN)/pre-commit install
 
 lint: $(STAMP) ## check style: ruff's linter and formatter
 	$(BIN)/ruff check .
@@ -73,6 +84,9 @@ notebooks: $(STAMP) ## run the notebooks at their defaults and store the outputs
 
 book: $(STAMP) ## build the site into _build/html
 	$(BIN)/jupyter-book build book -n -W --keep-going
+
+check-site: $(STAMP) ## check the built site: links, sizes, nothing from outside; after make book
+	$(BIN)/python -m pytest -m site tests/test_site.py
 
 serve: $(STAMP) ## show the site at http://127.0.0.1:8000 (PORT=... for another port); builds it if it is not there
 	@test -f _build/html/index.html || $(MAKE) book
