@@ -148,11 +148,10 @@ def train(params: str, given: tuple, experiment: str | None) -> None:
     from softvq_lib.train import experiments, read_parameters
 
     known, path = experiments(), Path(params)
-    if params in known and not path.exists():
-        name, values = params, read_parameters(None, given)
-    else:
-        name, values = experiment or path.resolve().parent.name, read_parameters(path, given)
+    alone = params in known and not path.exists()
+    name = params if alone else experiment or path.resolve().parent.name
     one_of("experiment", name, known)
+    values = read_parameters(None if alone else path, given)
     try:
         with finishing_the_step():
             result = known[name](**values)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from softvq_lib.config import at_least, fingerprint, one_of
 from softvq_lib.data import DataConfig, DataSplits, Source, UnreadableImage, open_dataset
 from softvq_lib.data.latents import HEADER, IDENTITY, LatentCache, map_shard, read_header, tokenizer_hash
 from softvq_lib.evaluation.export import CONVENTIONS
-from softvq_lib.pictures import Pictures, png_names, writable, write_pictures
+from softvq_lib.pictures import Pictures, png_names, remove_own, writable, write_pictures
 from softvq_lib.tokenizers import Tokenizer
 from softvq_lib.training.engine import choose_device
 from softvq_lib.training.files import locked, write_json
@@ -88,7 +89,7 @@ def encode_images(
         raise ValueError(f"{folder} is a file: give a folder for the latents.")
     if overwrite and read_header(folder):
         with locked(folder, "filled", otherwise="choose another folder"):
-            clear_latents(folder)
+            remove_own(folder, re.compile(rf"{HEADER}|{NAMES}|shard-\d+\.safetensors").fullmatch)
     options = {"flips": flips, "dtype": dtype, "batch_size": batch_size, "shard_size": shard_size}
     options |= {"unreadable": unreadable, "precision": precision, "workers": workers, "progress": progress}
     source = "validation" if split == "validation" else "train"
@@ -152,21 +153,6 @@ def decode_latents(
     identity |= {"image_size": model.config.image_size}
     options = {"convention": convention, "batch_size": batch_size, "overwrite": overwrite, "progress": progress}
     return write_pictures(out, names, make, identity=identity, **options)
-
-
-def clear_latents(folder: Path) -> None:
-    """Remove a cache of latents, finished or not, from a folder; whatever else lies there stays.
-
-    Raises:
-        ValueError: when the header cannot be read.
-    """
-    header = read_header(folder)
-    if header is None:
-        return
-    for entry in header["shards"]:
-        (folder / Path(entry["name"]).name).unlink(missing_ok=True)
-    (folder / NAMES).unlink(missing_ok=True)
-    (folder / HEADER).unlink()
 
 
 def _open_latents(path: Path, tokenizer: Tokenizer):

@@ -1,11 +1,13 @@
 """What a run, a model or an output is, in a few lines: the command `softvq info`."""
 
+import json
 from pathlib import Path
 
 from softvq_lib import pictures
 from softvq_lib.config import nearest, some
 from softvq_lib.data.latents import read_header, tokenizer_hash
 from softvq_lib.training.run import Run, runs_folder
+from softvq_lib.weights import CONFIG, WEIGHTS, read_settings
 
 
 def list_runs(runs: str | None = None) -> str:
@@ -50,9 +52,9 @@ def describe(name: str, runs: str | None = None) -> str:
             )
         if (folder / "manifest.json").exists():
             return _of_run(_run(folder))
-        if (folder / "model.safetensors").exists():
-            return _model(folder)
-    there = sorted(path.parent.name for path in home.glob("*/config.json"))
+        if models := _models(folder):
+            return "\n".join(map(_model, models))
+    there = sorted(path.name for path in home.glob("*") if (path / "config.json").exists() or _models(path))
     listed = f"Runs: {some(there)}." if there else "There are no runs yet."
     raise ValueError(
         f"{name!r} is no run of {home} and no folder of a model, of latents or of pictures"
@@ -61,8 +63,6 @@ def describe(name: str, runs: str | None = None) -> str:
 
 
 def _run(folder: Path) -> Run:
-    import json
-
     try:
         return Run(folder, json.loads((folder / "config.json").read_text())["identity"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -92,16 +92,19 @@ def _of_run(run: Run) -> str:
         device=manifest.get("device_name"),
         parameters=parameters and f"{parameters / 1e6:.2f} M",
     )
-    models = [run.path / part for part in ("tokenizer", "generator") if (run.path / part / "config.json").exists()]
-    return "\n".join([text, *map(_model, models)])
+    return "\n".join([text, *map(_model, _models(run.path))])
+
+
+def _models(folder: Path) -> list[Path]:
+    """The folder itself where it holds a model, and those of a run's models."""
+    return [place for place in (folder, folder / "tokenizer", folder / "generator") if (place / WEIGHTS).exists()]
 
 
 def _model(folder: Path) -> str:
-    from softvq_lib import weights
     from softvq_lib.generators.loading import load_generator
     from softvq_lib.tokenizers import Tokenizer
 
-    if "generator" in weights.read_settings(folder / weights.CONFIG):
+    if "generator" in read_settings(folder / CONFIG):
         loaded = load_generator(folder)
         config = loaded.model.config
         return _lines(

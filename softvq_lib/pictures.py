@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from torch import Tensor
 
-from softvq_lib.config import at_least
+from softvq_lib.config import at_least, some
 from softvq_lib.evaluation.export import to_uint8
 from softvq_lib.training.files import LOCK, locked, write_json
 from softvq_lib.training.latents import FINISHED, PARTIAL
@@ -76,7 +76,7 @@ def write_pictures(
         identity: What the pictures depend on, as JSON can hold it.
         convention: How pixels become bytes, a name in `softvq_lib.evaluation.export.CONVENTIONS`.
         batch_size: Pictures made at once.
-        overwrite: Remove first what an earlier call wrote into the folder, and nothing else.
+        overwrite: Remove first what an earlier call wrote into the folder; one that holds other files too is refused.
         progress: Show a progress bar.
 
     Raises:
@@ -155,17 +155,42 @@ def check(folder: Path, header: dict) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove the pictures that a folder's header names, and the header; whatever else lies there stays."""
+    """Remove the pictures that a folder's header names, and the header.
+
+    Raises:
+        ValueError: when other files lie there; nothing is removed then.
+    """
     held = read_header(folder)
-    if held is None:
-        return
-    _check_names(held["files"])
-    for name in held["files"]:
-        (folder / name).unlink(missing_ok=True)
-    (folder / HEADER).unlink()
-    for place in sorted({(folder / name).parent for name in held["files"]} - {folder}, reverse=True):
-        if place.is_dir() and not any(place.iterdir()):
-            place.rmdir()
+    if held is not None:
+        _check_names(held["files"])
+        remove_own(folder, {HEADER, *held["files"]}.__contains__)
+
+
+def remove_own(folder: Path, own: Callable[[str], object]) -> None:
+    """Remove all files of a folder of ours, and those that a killed process left half written; its lock stays.
+
+    Args:
+        folder: The folder.
+        own: Tells from a path inside it, with slashes, whether it is ours.
+
+    Raises:
+        ValueError: when there is a file that is not ours; nothing is removed then.
+    """
+    files = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    files = {path.relative_to(folder).as_posix(): path for path in files if path != folder / LOCK}
+
+    def whole(name: str) -> str:
+        return re.sub(r"(^|/)\.([^/]+)\.part$", r"\1\2", name)
+
+    if others := sorted(name for name in files if not own(whole(name))):
+        raise ValueError(
+            f"{folder} holds files that this command did not write ({some(others, 3)}), so it is not overwritten: move "
+            "them, or choose another folder."
+        )
+    for path in files.values():
+        path.unlink()
+    for place in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
+        place.rmdir()
 
 
 @contextmanager

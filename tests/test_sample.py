@@ -1,50 +1,27 @@
 """The sampling experiment: which generator, which classes, the same images always, its export, and what it refuses."""
 
-import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from tiny_runs import CLASSES, NAMES, generator, write_runs
 
 from softvq_lib import sampling
-from softvq_lib.data.latents import tokenizer_hash
 from softvq_lib.evaluation import export
 from softvq_lib.evaluation.export import sample_labels, to_uint8
-from softvq_lib.generators import GeneratorConfig, SampleConfig, build_generator
+from softvq_lib.generators import SampleConfig
 from softvq_lib.generators.loading import Loaded, save_generator
 from softvq_lib.generators.published import SAMPLING
 from softvq_lib.sampling import class_names, read_classes, sample_generator, sample_images
 from softvq_lib.tokenizers import Tokenizer
 from softvq_lib.training.generator import train_generator
 
-CLASSES = 8  # of the data set `shapes`
-NAMES = ["circle", "square", "triangle", "star", "ring", "cross", "heart", "crescent"]
-
-
-def randomised(module, std=0.3):
-    rng = torch.Generator().manual_seed(1)
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter.data, std=std, generator=rng)
-    return module.eval()
-
-
-def generator(kind="sit", classes=CLASSES):
-    return randomised(build_generator(GeneratorConfig(kind, "tiny", tokens=4, dim=3, classes=classes)), std=0.1)
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A folder of runs: a tokenizer, and a generator on its latents of `shapes`, both with random weights."""
-    folder = tmp_path_factory.mktemp("runs")
-    # Random throughout: at its start a tokenizer's decoder hardly looks at the latents.
-    tokenizer = randomised(Tokenizer.from_preset("tiny", tokens=4, dim=3, image_size=16, patch_size=8))
-    tokenizer.save_pretrained(folder / "tok" / "tokenizer")
-    known = {"tokenizer": "tok", "tokenizer_hash": tokenizer_hash(tokenizer), "mean": 0.1, "std": 2.0}
-    save_generator(generator(), folder / "gen" / "generator", **known)
-    (folder / "gen" / "config.json").write_text(json.dumps({"requested": {"dataset": "shapes"}}))
-    save_generator(generator("mar", 12), folder / "mar" / "generator", **known)
-    return folder
+    return write_runs(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture
