@@ -137,6 +137,21 @@ def test_kls_moments_are_an_output(tmp_path):
     np.testing.assert_allclose(z_hat, tokenizer.encode(images(3)).z_hat.detach(), atol=1e-4)
 
 
+def test_weights_beyond_the_formats_limit_lie_beside_the_file(monkeypatch, tmp_path):
+    import onnxruntime
+
+    monkeypatch.setattr(onnx, "_MOST", 0)
+    quantizer = tiny("released", codebook_size=2048).quantizer
+    (part := tmp_path / "part").mkdir()
+    onnx.to_file(Latents(quantizer).eval(), torch.randn(2, TOKENS, 6), ["z_hat"], ["z"], part / "q.onnx", 18, {})
+    assert sorted(path.name for path in part.iterdir()) == ["q.onnx", "q.onnx.data"]
+    folder = part.rename(tmp_path / "moved")
+    session = onnxruntime.InferenceSession(folder / "q.onnx", providers=["CPUExecutionProvider"])
+    z_hat = torch.randn(3, TOKENS, 6)
+    (z,) = session.run(["z"], {"z_hat": z_hat.numpy()})
+    torch.testing.assert_close(torch.from_numpy(z), quantizer(z_hat)[0].detach(), rtol=0, atol=1e-5)
+
+
 def test_unequal_output_is_refused_and_nothing_kept(monkeypatch, tmp_path):
     write = onnx.to_file
 
