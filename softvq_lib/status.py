@@ -13,6 +13,8 @@ from pathlib import Path
 from softvq_lib import results as rows_of
 from softvq_lib.sweeps import LEDGER, Arm, read_ledger
 
+NO_BREAK = "\u2011"  # a hyphen at which a date in a narrow column is not broken
+
 
 def _table(heads: Sequence[str], lines: Iterable[Sequence[object]], right: Iterable[int] = ()) -> str:
     right = set(right)
@@ -22,7 +24,7 @@ def _table(heads: Sequence[str], lines: Iterable[Sequence[object]], right: Itera
 
 def _span(days: Iterable[str]) -> str:
     days = sorted({day[:10] for day in days})
-    return " to ".join(dict.fromkeys((days[0], days[-1])))
+    return " to ".join(dict.fromkeys((days[0], days[-1]))).replace("-", NO_BREAK)
 
 
 def _few(values: Iterable[str], most: int = 3) -> str:
@@ -43,7 +45,7 @@ def read_all(folder: Path) -> dict[str, list[dict]]:
 
 
 def measured(files: Mapping[str, list[dict]]) -> str:
-    """One line a file of rows: how many runs and numbers, when, on what, hours of training, and by which commits.
+    """One line a file of rows: how many runs and numbers, when, on what, and hours of training.
 
     Args:
         files: As `read_all` returns them.
@@ -52,11 +54,10 @@ def measured(files: Mapping[str, list[dict]]) -> str:
     for name, rows in files.items():
         trained = {row["run"]: row["train_seconds"] for row in rows if row.get("train_seconds")}
         hours = f"{sum(trained.values()) / 3600:.1f}" if trained else "–"
-        commits = _few((str(row["commit"])[:7] + ("+" if row["dirty"] else "") for row in rows), 2)
         runs = len({row["run"] for row in rows})
         device = _few((row["device"] for row in rows), 2)
-        lines.append([f"`{name}`", runs, len(rows), _span(row["date"] for row in rows), device, hours, commits])
-    heads = ["rows", "runs", "numbers", "when", "on", "hours of training", "commit (+: with changes since)"]
+        lines.append([f"`{name}`", runs, len(rows), _span(row["date"] for row in rows), device, hours])
+    heads = ["rows", "runs", "numbers", "when", "on", "hours of training"]
     return _table(heads, lines, (1, 2, 5))
 
 

@@ -5,6 +5,8 @@ the SVG hash salt is among them, so two runs of a page draw the same bytes if fi
 `metadata=SAVE_METADATA`.
 """
 
+import re
+
 OKABE_ITO = {
     "black": "#000000",
     "orange": "#E69F00",
@@ -37,6 +39,8 @@ SEQUENTIAL = "viridis"
 WIDTH = 6.4
 
 SAVE_METADATA = {"Date": None}
+
+MOST_SVG = 100_000  # characters; beyond, a page loads a PNG faster
 
 STYLE = {
     "figure.dpi": 120,
@@ -76,10 +80,15 @@ def use_style() -> None:
     mpl.rcParams["axes.prop_cycle"] = cycler(color=COLOUR_CYCLE)
 
 
-def vector_figures() -> None:
-    """Let this notebook show matplotlib's figures as SVG, the same bytes for the same figure, and no longer as PNG.
+def _in_pixels(match: re.Match) -> str:
+    return f'{match[1]}="{float(match[2]) / 72 * STYLE["savefig.dpi"]:.0f}"'
 
-    For lines, bars and small pictures; a figure of thousands of points is smaller as a PNG. Outside IPython: nothing.
+
+def vector_figures() -> None:
+    """Let this notebook show matplotlib's figures as SVG, the same bytes for the same figure; outside IPython: nothing.
+
+    A PNG is kept beside it for whoever shows no SVG. A figure of thousands of points, whose SVG would have more than
+    `MOST_SVG` characters, is a PNG alone.
     """
     import builtins
     import io
@@ -89,14 +98,23 @@ def vector_figures() -> None:
     if not hasattr(builtins, "get_ipython"):
         return
 
-    def svg(figure: Figure) -> str:
+    def svg(figure: Figure) -> str | None:
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata=SAVE_METADATA)
+        drawn = buffer.getvalue()
+        if len(drawn) > MOST_SVG:
+            return None
+        # As large as the PNG would be: points of 1/72 inch, at the resolution that PNGs have.
+        return re.sub(r'(width|height)="([\d.]+)pt"', _in_pixels, drawn, count=2)
+
+    def png(figure: Figure) -> bytes:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
         return buffer.getvalue()
 
     formatters = builtins.get_ipython().display_formatter.formatters
-    formatters["image/png"].pop(Figure, None)
     formatters["image/svg+xml"].for_type(Figure, svg)
+    formatters["image/png"].for_type(Figure, png)
 
 
 def new_figure(rows: int, columns: int, height: float, width: float = WIDTH, **kwargs):

@@ -17,6 +17,7 @@ LIBRARY = "softvq_lib"
 EQUATION = re.compile(r"(?<!\d{4}, )\bEq\. ([1-7])(?![\d.]\d)(?:(-|–|, )([1-7])\b(?!\d))?(?!\d)")
 SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Note|Example|Examples):$")
 ICON_SCRIPT = re.compile(r"<(?:link|script)[^>]*fontawesome\.js[^>]*>(?:</script>)?\s*")
+SEARCH_SCRIPT = re.compile(r"<script[^>]*(?:searchindex|searchtools|language_data)\.js[^>]*></script>\s*")
 CODE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 
 
@@ -151,13 +152,19 @@ def keep_launch_links_of_notebooks(app, page, template, context, doctree):
     ]
 
 
-def drop_icon_script(app, exception):
-    """Event of the finished site: without the theme's script of icons, half a page's bytes; its fonts have them too."""
+def drop_idle_scripts(app, exception):
+    """Event of the finished site: take out scripts of the theme that a page loads and never uses, over half its bytes.
+
+    Icons are drawn by the fonts of the style sheet as well; the index is searched on the search page alone, as long as
+    `search_as_you_type` is off.
+    """
     if exception is not None or app.builder.format != "html":
         return
     for path in Path(app.outdir).rglob("*.html"):
         text = path.read_text(encoding="utf-8")
         shorter = ICON_SCRIPT.sub("", text)
+        if path.name != "search.html":
+            shorter = SEARCH_SCRIPT.sub("", shorter)
         if shorter != text:
             path.write_text(shorter, encoding="utf-8")
     for path in Path(app.outdir).glob("_static/scripts/fontawesome.js*"):
@@ -168,6 +175,6 @@ def setup(app):
     """Sphinx calls this."""
     app.connect("autodoc-process-docstring", rewrite_docstring, priority=100)
     app.connect("source-read", link_equations_of_page)
-    app.connect("build-finished", drop_icon_script)
+    app.connect("build-finished", drop_idle_scripts)
     app.connect("html-page-context", keep_launch_links_of_notebooks, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
