@@ -96,9 +96,9 @@
     };
     const values = {
       entropy: value("entropy", "H(q) of this token, nats"),
-      perplexity: value("perplexity", "codewords that share it, exp H(q)"),
-      single: value("single", "mean entropy E H(q) of all tokens"),
-      mean: value("mean", "entropy of the mean, H(E q)"),
+      perplexity: value("perplexity", "perplexity exp H(q)"),
+      single: value("single", `E H(q) of all ${tokens.length + 1} tokens`),
+      mean: value("mean", "H(E q), of their mean"),
       kl: value("kl", "KL term, E H(q) − H(E q)"),
     };
     const readout = element("dl", { class: "explore-values" }, Object.values(values).map((one) => one.row));
@@ -157,8 +157,12 @@
       mean.setAttribute("transform", `rotate(45 ${u} ${v})`);
       const set = (node, attributes) => Object.entries(attributes).forEach(([name, one]) => node.setAttribute(name, one));
       set(arrow, { x1: x, y1: y, x2: u, y2: v });
-      set(handleName, { x: x + (x > side - 40 ? -26 : 14), y: y - 8 });
-      set(meanName, { x: u + (u > side - 40 ? -24 : 12), y: v + 20 });
+      // Names stand on the line through both, outside of it, so that neither hides the other.
+      const apart = Math.hypot(x - u, y - v);
+      const [dx, dy] = apart > 1 ? [(x - u) / apart, (y - v) / apart] : [0, -1];
+      const inside = (number) => Math.max(12, Math.min(side - 12, number));
+      set(handleName, { x: inside(x + 24 * dx), y: inside(y + 24 * dy) });
+      set(meanName, { x: inside(u - 20 * dx), y: inside(v - 20 * dy) });
       set(handle, {
         "aria-valuemin": -limit,
         "aria-valuemax": limit,
