@@ -30,7 +30,7 @@ def _bare(axes, label: str = "") -> None:
 def draw_reconstructions(
     experiments: Mapping[tuple[str, int], TokenizerExperiment], images: Tensor, shown: Sequence[int] = (2, 16)
 ) -> Figure:
-    """Images (m, 3, height, width) above their reconstructions by each quantizer with few and with many tokens."""
+    """Images (m, 3, height, width) in [-1, 1], and below them what each quantizer makes of them with `shown` tokens."""
     rows = [("original", images)]
     for (quantizer, tokens), experiment in sorted(experiments.items(), key=lambda item: item[0][1]):
         if tokens in shown:

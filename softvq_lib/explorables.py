@@ -125,7 +125,7 @@ def pack(tensors: Mapping[str, Tensor]) -> dict[str, object]:
 
 
 def unpack(packed: Mapping[str, object]) -> dict[str, Tensor]:
-    """Undo `pack`: fp32 tensors by name, their values rounded to float16."""
+    """Undo `pack`: fp32 tensors by name and of their shapes, their values rounded to float16."""
     numbers = torch.from_numpy(np.frombuffer(base64.b64decode(packed["data"]), "<f2").astype(np.float32))
     sizes = [int(np.prod(shape)) for shape in packed["shapes"].values()]
     parts = numbers.split(sizes)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from shard_files import same
 
 from softvq_lib.data import Source, UnreadableImage, UnreadableLog, training_batches, validation_batches
 from softvq_lib.data.loading import worker_count
@@ -31,16 +32,6 @@ class Greys(Source):
 def train(source, steps, **options):
     defaults = {"image_size": 8, "batch_size": 4, "seed": 0}
     return list(training_batches(source, steps=steps, **(defaults | options)))
-
-
-def same(first, second):
-    return len(first) == len(second) and all(
-        torch.equal(a.images, b.images)
-        and torch.equal(a.labels, b.labels)
-        and torch.equal(a.indices, b.indices)
-        and a.unreadable == b.unreadable
-        for a, b in zip(first, second, strict=True)
-    )
 
 
 def test_a_batch_has_the_promised_form():

@@ -6,13 +6,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import Interrupted
+from test_training import Interrupted, unstarted
 
 from softvq_lib import results
 from softvq_lib.distilling import distil_encoder
 from softvq_lib.tokenizers import Tokenizer
 from softvq_lib.tokenizers.vit import patch_outputs
-from softvq_lib.training import tokenizer as trainer
 from softvq_lib.training import train
 from softvq_lib.training.distillation import DistilTrainer, distil, find_encoder, start_encoder
 
@@ -35,15 +34,6 @@ def small(tmp_path, **more):
 @pytest.fixture(scope="module")
 def distilled(tmp_path_factory):
     return distil(**small(tmp_path_factory.mktemp("distilled"), steps=24))
-
-
-def unstarted(monkeypatch, **parameters):
-    """The trainer that `train` would set to work."""
-    made = []
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.TokenizerTrainer, "fit", lambda self: made.append(self))
-        train(**parameters)
-    return made[0]
 
 
 def test_it_learns_and_a_finished_run_is_loaded(distilled):
