@@ -73,11 +73,11 @@ def executions(folder: Path) -> str:
             machine = _few(f"{entry['machine']}, {entry.get('threads', '?')} used" for entry in mine)
             when = _span(entry["ended"] for entry in mine)
             where = path.parent.relative_to(folder).as_posix()
-            lines.append([f"`{where}`", experiment, len(mine), spread, f"{sum(minutes) / 60:.1f}", when, machine])
+            lines.append([f"`{where}` {experiment}", len(mine), spread, f"{sum(minutes) / 60:.1f}", when, machine])
     if not lines:
         return "*No ledger yet: no sweep has been run.*"
-    heads = ["study", "experiment", "executions", "minutes of each", "hours", "when", "machine, cores"]
-    return _table(heads, lines, (2, 4))
+    heads = ["study, experiment", "executions", "minutes of each", "hours", "when", "machine, cores"]
+    return _table(heads, lines, (1, 3))
 
 
 def missing(arms: Iterable[Arm], done: Iterable[str]) -> str:
@@ -158,20 +158,21 @@ def data(rows: Iterable[dict]) -> str:
     return _table(["data", "fingerprint (sha256, begin)", "numbers", "experiments"], lines, (2,))
 
 
-def pages(folder: Path, stored: Sequence[str], link: Callable[[str], str] = str) -> str:
+def pages(notebooks: Iterable[Path], folder: Path, stored: Sequence[str], link: Callable[[str], str] = str) -> str:
     """One line a notebook: how its outputs come about, and how many of its cells the tests compare.
 
     Args:
-        folder: Where the notebooks are, some of them one folder down.
+        notebooks: Their files.
+        folder: Where they are, or some folders down from there.
         stored: Patterns of those that are shown as they were stored; the others run whenever the site is built.
         link: Writes the name of a page (its path without suffix) as a link.
     """
     lines = []
-    for path in sorted([*Path(folder).glob("[a-z]*.ipynb"), *Path(folder).glob("[a-z]*/[a-z]*.ipynb")]):
-        name = path.relative_to(folder).as_posix()
+    for path in sorted(notebooks):
+        name = path.relative_to(folder)
         code = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
         compared = sum("nbval-check-output" in cell["metadata"].get("tags", []) for cell in code)
         run = sum(cell.get("execution_count") is not None for cell in code)
-        how = "stored outputs" if any(fnmatch(name, pattern) for pattern in stored) else "run when built"
-        lines.append([link(name.removesuffix(".ipynb")), how, f"{run} of {len(code)}", compared])
+        how = "stored outputs" if any(fnmatch(name.as_posix(), pattern) for pattern in stored) else "run when built"
+        lines.append([link(name.with_suffix("").as_posix()), how, f"{run} of {len(code)}", compared])
     return _table(["page", "its outputs", "cells run", "compared by tests"], lines, (2, 3))

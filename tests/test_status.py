@@ -76,7 +76,7 @@ def test_a_ledger_is_summed(tmp_path):
     (tmp_path / "mini").mkdir()
     (tmp_path / "mini" / "cells.jsonl").write_text("\n".join(map(json.dumps, [entry, entry | {"seconds": 7140}])))
     assert lines_of(status.executions(tmp_path)) == [
-        ["`mini`", "e", "2", "1.0 to 119.0", "2.0", dashes("2026-01-02"), "m, 1 used"]
+        ["`mini` e", "2", "1.0 to 119.0", "2.0", dashes("2026-01-02"), "m, 1 used"]
     ]
 
 
@@ -102,10 +102,12 @@ def test_the_cost_of_what_was_not_run_comes_from_its_header(tmp_path):
 
 def test_pages_say_how_their_outputs_come_about(tmp_path):
     cells = [{"source": "1", "metadata": {"tags": ["nbval-check-output"]}}, {"source": "2", "execution_count": None}]
-    write_notebook(tmp_path / "train_a.ipynb", cells)
     (tmp_path / "paper").mkdir()
-    write_notebook(tmp_path / "paper" / "b.ipynb", cells[:1])
-    assert lines_of(status.pages(tmp_path, ["train_*.ipynb"], lambda name: f"<{name}>")) == [
+    written = [
+        write_notebook(tmp_path / "train_a.ipynb", cells),
+        write_notebook(tmp_path / "paper" / "b.ipynb", cells[:1]),
+    ]
+    assert lines_of(status.pages(written, tmp_path, ["train_*.ipynb"], lambda name: f"<{name}>")) == [
         ["<paper/b>", "run when built", "1 of 1", "1"],
         ["<train_a>", "stored outputs", "1 of 2", "1"],
     ]
