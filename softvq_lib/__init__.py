@@ -25,7 +25,10 @@ _PUBLIC = {
     "train_tokenizer": "softvq_lib.experiments",
     "train_generator": "softvq_lib.generation",
     "distil_encoder": "softvq_lib.distilling",
+    "encode_images": "softvq_lib.coding",
+    "decode_latents": "softvq_lib.coding",
     "sample_generator": "softvq_lib.sampling",
+    "sample_pictures": "softvq_lib.sampling",
     "efficiency": "softvq_lib.costs",
     "parameters": "softvq_lib.experiments",
 }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from softvq_lib.config import at_least, fingerprint, one_of
-from softvq_lib.data import DataConfig, DataSplits, Source, UnreadableImage, open_dataset
+from softvq_lib.data import DataConfig, open_dataset
 from softvq_lib.data.latents import HEADER, IDENTITY, LatentCache, map_shard, read_header, tokenizer_hash
 from softvq_lib.evaluation.export import CONVENTIONS
 from softvq_lib.pictures import Pictures, png_names, remove_own, writable, write_pictures
@@ -24,7 +24,6 @@ from softvq_lib.weights import sha256
 
 log = logging.getLogger(__name__)
 
-SPLITS = ("all", "train", "validation")
 NAMES = "names.json"  # beside the latents of a folder of images: their paths inside it, by number in the source
 
 
@@ -78,12 +77,10 @@ def encode_images(
             folder that holds something else or, unless `overwrite`, other latents; too little room.
         OSError: when the disk is full on the way, or the hub cannot be reached.
     """
-    one_of("split", split, SPLITS)
     place = choose_device(device)
     model = find_tokenizer(tokenizer, runs) if isinstance(tokenizer, str) else tokenizer
     config = DataConfig(dataset=dataset, image_column=image_column, label_column=label_column, workers=workers)
     data = open_dataset(config, model.config.image_size)
-    data = _whole(data) if split == "all" else data
     folder = Path(out).expanduser()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: give a folder for the latents.")
@@ -92,11 +89,11 @@ def encode_images(
             remove_own(folder, re.compile(rf"{HEADER}|{NAMES}|shard-\d+\.safetensors").fullmatch)
     options = {"flips": flips, "dtype": dtype, "batch_size": batch_size, "shard_size": shard_size}
     options |= {"unreadable": unreadable, "precision": precision, "workers": workers, "progress": progress}
-    source = "validation" if split == "validation" else "train"
     with writable(folder):
-        cache = encode_dataset(model, data, folder, split=source, device=str(place), **options)
-        if getattr(getattr(data, source), "root", "") and not (folder / NAMES).exists():
-            write_json(folder / NAMES, [getattr(data, source).name(index) for index in range(cache.header["images"])])
+        cache = encode_dataset(model, data, folder, split=split, device=str(place), **options)
+        source = getattr(data, split)
+        if getattr(source, "root", "") and not (folder / NAMES).exists():
+            write_json(folder / NAMES, [source.name(index) for index in range(len(source))])
     return cache
 
 
@@ -217,35 +214,3 @@ def _names(folder: Path, indices: Sequence[int], count: int) -> list[str]:
 def _numbers(indices: Sequence[int], count: int) -> list[str]:
     digits = max(5, len(str(count - 1)))
     return [f"{index:0{digits}d}.png" for index in indices]
-
-
-class _All(Source):
-    """All images of a data set, of one table in its order, of two one after the other."""
-
-    def __init__(self, data: DataSplits):
-        self.parts = data.train, data.validation
-        self.embedded = data.train.embedded
-        self.root = getattr(data.train, "root", "")
-        of_one = getattr(data.train, "split", 0) == getattr(data.validation, "split", 1)
-        rows = [np.asarray(getattr(part, "rows", range(len(part)))) for part in self.parts]
-        keys = [(0 if of_one else number, row) for number, its in enumerate(rows) for row in its.tolist()]
-        places = [(number, index) for number, part in enumerate(self.parts) for index in range(len(part))]
-        self.places = [place for _, place in sorted(zip(keys, places, strict=True))]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int):
-        part, place = self.places[self._check(index)]
-        try:
-            return self.parts[part][place]
-        except UnreadableImage as error:
-            raise UnreadableImage(index, error.name, error.reason) from None
-
-    def name(self, index: int) -> str:
-        part, place = self.places[self._check(index)]
-        return self.parts[part].name(place)
-
-
-def _whole(data: DataSplits) -> DataSplits:
-    return DataSplits(_All(data), data.validation, data.name, fingerprint([data.fingerprint, "all"]), data.classes)

@@ -1,17 +1,19 @@
-"""One's own images from end to end: a folder to try it with, the time that each stage takes, and the recorded rows."""
+"""One's own images from end to end: the settings of it all, a folder to try it with, times of the stages, the rows."""
 
 import logging
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from softvq_lib import results as rows_of
-from softvq_lib.config import at_least, fingerprint
-from softvq_lib.data import DataConfig, open_dataset, validation_batches
+from softvq_lib.config import at_least, fingerprint, strict
+from softvq_lib.data import DataConfig, DataSplits, open_dataset, validation_batches
 from softvq_lib.pictures import Pictures, class_folders, write_pictures
+from softvq_lib.training.run import runs_folder
 
 if TYPE_CHECKING:
     from softvq_lib.experiments import TokenizerExperiment
@@ -20,6 +22,85 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WALL, CPU = "wall_seconds", "cpu_seconds"
+
+
+@dataclass(frozen=True)
+class OwnImagesConfig:
+    """The few settings of the way from a folder of images to new ones; the experiments on it have many more.
+
+    Attributes:
+        folder: Folder of images, a folder a class if there are classes. None: `example_images`, written out.
+        out: Folder of latents and pictures. None: `five_minutes` in the folder of runs.
+        image_size: Pixels.
+        preset: Size of the tokenizer, see `TokenizerConfig`.
+        tokens: Latent tokens.
+        perceptual: Network of the perceptual loss, see `LossConfig`.
+        tokenizer_steps: Optimiser steps of the tokenizer.
+        size: Of the generator, see `GeneratorConfig`.
+        generator_steps: Optimiser steps of the generator.
+        batch_size: Images a step, of both.
+        guidance_scale: Classifier-free guidance of the samples; 1 is none.
+        each: Samples of a class.
+        seed: Of everything.
+        device: As in `TrainConfig`.
+        runs: Folder of all runs, as in `TrainConfig`.
+        results: Folder whose `five_minutes.jsonl` times and PSNR are appended to. None: nothing is recorded.
+    """
+
+    folder: str | None = None
+    out: str | None = None
+    image_size: int = 32
+    preset: str = "tiny"
+    tokens: int = 16
+    perceptual: str = "none"
+    tokenizer_steps: int = 150
+    size: str = "tiny"
+    generator_steps: int = 150
+    batch_size: int = 32
+    guidance_scale: float = 1.5
+    each: int = 8
+    seed: int = 0
+    device: str = "auto"
+    runs: str | None = None
+    results: str | None = None
+
+    def __post_init__(self):
+        for name in ("image_size", "tokens", "tokenizer_steps", "generator_steps", "batch_size", "each"):
+            at_least(name, getattr(self, name), 1)
+
+
+@dataclass(frozen=True)
+class OwnImages:
+    """A folder that is ready to be worked with.
+
+    Attributes:
+        folder: Of the images, what the experiments take as `dataset`.
+        out: Of latents and pictures.
+        data: The images, split.
+        stages: A clock, which runs from now on.
+    """
+
+    folder: str
+    out: Path
+    data: DataSplits
+    stages: "Stages"
+
+
+def own_images(**values: object) -> OwnImages:
+    """Open a folder of images, or write the example and open that, and start the clock.
+
+    Args:
+        values: Fields of `OwnImagesConfig`.
+
+    Raises:
+        ValueError: for a parameter that is unknown (the nearest is named) or out of range, or a folder that is
+            missing, empty or damaged.
+    """
+    config = strict(OwnImagesConfig, values)
+    out = Path(config.out).expanduser() if config.out else runs_folder(config.runs) / "five_minutes"
+    stages = Stages()
+    folder = config.folder or str(example_images(out / "images", image_size=config.image_size).folder)
+    return OwnImages(folder, out, open_dataset(DataConfig(folder), config.image_size), stages)
 
 
 def example_images(

@@ -414,7 +414,7 @@ def test_a_picture_that_cannot_be_written_leaves_no_half_of_it(softvq, photos, t
 
 def test_no_room_is_told_before_anything_is_encoded(refused, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(latents.shutil, "disk_usage", lambda _: type("usage", (), {"free": 100})())
-    assert "0 MB of free space, but 10 more latents need" in refused("encode", "tok", photos, "-o", tmp_path / "z")
+    assert "0.0 MB of free space, but 10 more latents need" in refused("encode", "tok", photos, "-o", tmp_path / "z")
 
 
 # -- train -----------------------------------------------------------------------------------------------------------

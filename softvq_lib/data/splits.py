@@ -7,7 +7,7 @@ from pathlib import Path
 from softvq_lib.config import at_least, fingerprint, nearest
 from softvq_lib.data import digits, files, mixed, photographs, shapes
 from softvq_lib.data.shards import SUFFIXES, label_values, open_shards
-from softvq_lib.data.source import Source, fixed_order
+from softvq_lib.data.source import Source, UnreadableImage, fixed_order
 from softvq_lib.data.streams import RULE, StreamedSource
 from softvq_lib.data.tables import TableSource, choose_columns, find_columns, name_classes
 
@@ -76,6 +76,11 @@ class DataSplits:
     fingerprint: str
     classes: list[str] | None
 
+    @property
+    def all(self) -> Source:
+        """All pictures: those of one table in its order, as files are sorted; else the training pictures first."""
+        return _All(self.train, self.validation)
+
     def describe(self) -> str:
         """One line: name, sizes and classes."""
         labels = "no labels"
@@ -83,6 +88,34 @@ class DataSplits:
             names = ", ".join(self.classes)
             labels = f"{len(self.classes)} classes" + (f" ({names})" if len(names) <= 80 else "")
         return f"{self.name}: {len(self.train):,} training and {len(self.validation):,} validation images, {labels}"
+
+
+class _All(Source):
+    """The pictures of two sources; where both are of one table, in its order."""
+
+    def __init__(self, *parts: Source):
+        self.parts, self.embedded = parts, all(part.embedded for part in parts)
+        self.root = getattr(parts[0], "root", "")
+        of_one = len({getattr(part, "split", number) for number, part in enumerate(parts)}) == 1
+        places = []
+        for number, part in enumerate(parts):
+            rows = getattr(part, "rows", range(len(part)))
+            places += [((0 if of_one else number, int(row)), (number, i)) for i, row in enumerate(rows)]
+        self.places = [place for _, place in sorted(places)]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> tuple:
+        part, place = self.places[self._check(index)]
+        try:
+            return self.parts[part][place]
+        except UnreadableImage as error:
+            raise UnreadableImage(index, error.name, error.reason) from None
+
+    def name(self, index: int) -> str:
+        part, place = self.places[self._check(index)]
+        return self.parts[part].name(place)
 
 
 def open_dataset(config: DataConfig, image_size: int) -> DataSplits:

@@ -66,7 +66,7 @@ def encode_dataset(
         tokenizer: In evaluation meanwhile.
         data: Whose `split` is encoded.
         folder: Of this cache alone.
-        split: `train` or `validation`.
+        split: `train`, `validation` or `all`.
         flips: Encode the mirror image of each image too.
         dtype: How latents are stored, `float32` or `float16`.
         batch_size: Images encoded at once.
@@ -81,7 +81,7 @@ def encode_dataset(
         ValueError: for an argument out of range; a folder that holds something else, or latents of another tokenizer,
             other data or another form; too many images that cannot be read; a full disk; latents that are not finite.
     """
-    one_of("split", split, ("train", "validation"))
+    one_of("split", split, ("train", "validation", "all"))
     one_of("dtype", dtype, DTYPES)
     one_of("precision", precision, ("auto", "bf16", "fp32"))
     at_least("batch_size", batch_size, 1)
@@ -187,7 +187,7 @@ def _encode(
     item = (1 + header["flips"]) * header["tokens"] * header["dim"] * np.dtype(header["dtype"]).itemsize
     if (free := shutil.disk_usage(folder).free) < todo * item:
         raise ValueError(
-            f"{folder} has {free / 1e6:.0f} MB of free space, but {todo:,} more latents need {todo * item / 1e6:.0f} "
+            f"{folder} has {free / 1e6:.1f} MB of free space, but {todo:,} more latents need {todo * item / 1e6:.1f} "
             "MB: free some, choose another folder, or dtype='float16'."
         )
     write_json(folder / HEADER, header | {"shards": [kept[name] for name in sorted(kept)]})
