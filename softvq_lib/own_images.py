@@ -53,9 +53,9 @@ class OwnImagesConfig:
     preset: str = "tiny"
     tokens: int = 16
     perceptual: str = "none"
-    tokenizer_steps: int = 150
+    tokenizer_steps: int = 400
     size: str = "tiny"
-    generator_steps: int = 150
+    generator_steps: int = 250
     batch_size: int = 32
     guidance_scale: float = 1.5
     each: int = 8
@@ -104,13 +104,13 @@ def own_images(**values: object) -> OwnImages:
 
 
 def example_images(
-    out: str | Path, *, dataset: str = "shapes", count: int = 400, image_size: int = 32, progress: bool = False
+    out: str | Path, *, dataset: str = "digits", count: int = 400, image_size: int = 32, progress: bool = False
 ) -> Pictures:
     """Write embedded images as a folder of PNG files, one folder a class, as one's own would lie there.
 
     Args:
         out: The folder.
-        dataset: `shapes` or `digits`.
+        dataset: One that is embedded: `digits`, `shapes`, ...
         count: Images, the first of the training split.
         image_size: Their side in pixels.
         progress: Show a progress bar.

@@ -17,6 +17,7 @@ from softvq_lib.experiments import TOKENIZER_EXPERIMENT, parameters
 from softvq_lib.generation import GENERATOR_EXPERIMENT
 from softvq_lib.latent_space import LatentSpaceConfig
 from softvq_lib.linear_probing import ProbeConfig
+from softvq_lib.own_images import OwnImagesConfig
 from softvq_lib.sampling import SampleExperimentConfig
 from softvq_lib.training import distillation
 from softvq_lib.training.generator import DEFAULTS
@@ -36,6 +37,7 @@ QUICK = {"tokens": 4, "steps": 12, "batch_size": 8, "limit": 64, "val_images": 4
         ("linear_probing", (ProbeConfig,), {}),
         ("latent_space", (LatentSpaceConfig,), {}),
         ("efficiency", (EfficiencyConfig,), {}),
+        ("five_minutes", (OwnImagesConfig,), {}),
     ],
 )
 def test_notebook_parameters_and_defaults_are_the_dataclasses(notebook, classes, others):
