@@ -58,13 +58,16 @@ def provenance(experiments: Iterable[TokenizerExperiment]) -> str:
         return ", ".join(dict.fromkeys(map(str, values)))
 
     of = [run.identity for run in runs]
+    in_time = sorted(manifests, key=lambda manifest: manifest["ended"])
+    made = list(dict.fromkeys(m["commit"][:9] + ("+" if m["dirty"] else "") for m in in_time))
+    commits = f"commit {made[0]}" if len(made) == 1 else f"commits {made[0]} to {made[-1]}"
     packages = said(f"torch {manifest['packages']['torch']}" for manifest in manifests)
     return (
         f"{len(runs)} {'tokenizer' if len(runs) == 1 else 'tokenizers'} of size {said(one['preset'] for one in of)}, "
         f"trained on {said(m['data']['name'] for m in manifests)} for {said(one['steps'] for one in of)} steps of "
         f"{said(one['batch_size'] for one in of)} images, seed {said(one['seed'] for one in of)}; "
         f"{said(m['device_name'] for m in manifests)}, {said(m['precision'] for m in manifests)}, {packages}; "
-        f"commit {said(m['commit'][:9] + ('+' if m['dirty'] else '') for m in manifests)}; "
+        f"{commits}; "
         f"{max(m['ended'] for m in manifests)[:10]}."
     )
 
