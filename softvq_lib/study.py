@@ -3,7 +3,6 @@
 `Study.show` is the one way in which pages show them, so that none is without the line on where its rows come from.
 """
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from softvq_lib.config import one_of
 from softvq_lib.paper_tables import paper_table
 from softvq_lib.study_budget import budget
 from softvq_lib.study_cells import Drawn
+from softvq_lib.style import png_of, svg_of
 from softvq_lib.sweeps import read_ledger, read_plan
 from softvq_lib.train import read_parameters
 
@@ -37,12 +37,11 @@ class Shown:
     def _repr_markdown_(self) -> str | None:
         return self.text
 
+    def _repr_svg_(self) -> str | None:
+        return svg_of(self.figure) if self.figure else None
+
     def _repr_png_(self) -> bytes | None:
-        if self.figure is None:
-            return None
-        buffer = io.BytesIO()
-        self.figure.savefig(buffer)
-        return buffer.getvalue()
+        return png_of(self.figure) if self.figure else None
 
 
 @dataclass(frozen=True)

@@ -257,8 +257,8 @@ def table(
         done = sum(any(metric in arm.rows for metric in metrics) for arm in group)
         cells.append(f"{done} of {len(group)}")
         cells += [cell(group, metric, mark) for metric in metrics]
-        if len(set(cells[-len(metrics) :])) == 1 and all(arm.arm.unavailable for arm in group):
-            cells[-len(metrics) + 1 :] = ["not run"] * (len(metrics) - 1)  # why stands in the first
+        if len(metrics) > 1 and not done and len(set(cells[-len(metrics) :])) == 1:
+            cells[-len(metrics) + 1 :] = ["–"] * (len(metrics) - 1)  # why stands in the first
         lines.append(cells)
     if floors and (real := _floors(arms, metrics)):
         lines.append(["*real images*"] + [""] * len(factors) + real)

@@ -136,10 +136,10 @@ def alignment(arms: Sequence[Measured]) -> Drawn:
     comparisons = [
         Versus(KID, ("The target EffLite2", "no target"), taught, none, note="random initial weights"),
         Versus(PROBE, ("The target EffLite2", "no target"), taught, none, note="random initial weights"),
-        Versus(KID, ("Distilled initial weights", "random ones"), at("distilled", "none"), none, note="no target"),
-        Versus(RFD, ("Distilled initial weights", "random ones"), at("distilled", "none"), none, note="no target"),
-        Versus(KID, ("Both", "the target alone"), at("distilled", "efflite2"), taught),
-        Versus(KID, ("The target in order", "patches dealt out at random"), taught, at("random", "permuted")),
+        Versus(KID, ("A distilled start", "a random one"), at("distilled", "none"), none, note="no target"),
+        Versus(RFD, ("A distilled start", "a random one"), at("distilled", "none"), none, note="no target"),
+        Versus(KID, ("A distilled start with the target", "the target alone"), at("distilled", "efflite2"), taught),
+        Versus(KID, ("The target in order", "permuted patches"), taught, at("random", "permuted")),
         Versus(KID, ("The trained teacher", "a teacher with random weights"), taught, at("random", "random")),
         Versus(KID, ("The teacher EffLite2", "the teacher EffLite1"), taught, at("random", "efflite1")),
     ]

@@ -5,6 +5,7 @@ the SVG hash salt is among them, so two runs of a page draw the same bytes if fi
 `metadata=SAVE_METADATA`.
 """
 
+import io
 import re
 
 OKABE_ITO = {
@@ -84,6 +85,26 @@ def _in_pixels(match: re.Match) -> str:
     return f'{match[1]}="{float(match[2]) / 72 * STYLE["savefig.dpi"]:.0f}"'
 
 
+def svg_of(figure) -> str | None:
+    """Draw a figure of matplotlib as SVG, the same bytes for the same figure; None above `MOST_SVG` characters.
+
+    It is as large as the PNG would be: points of 1/72 inch, at the resolution that PNGs have.
+    """
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata=SAVE_METADATA)
+    drawn = buffer.getvalue()
+    if len(drawn) > MOST_SVG:
+        return None
+    return re.sub(r'(width|height)="([\d.]+)pt"', _in_pixels, drawn, count=2)
+
+
+def png_of(figure) -> bytes:
+    """Draw a figure of matplotlib as PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
 def vector_figures() -> None:
     """Let this notebook show matplotlib's figures as SVG, the same bytes for the same figure; outside IPython: nothing.
 
@@ -91,30 +112,14 @@ def vector_figures() -> None:
     `MOST_SVG` characters, is a PNG alone.
     """
     import builtins
-    import io
 
     from matplotlib.figure import Figure
 
     if not hasattr(builtins, "get_ipython"):
         return
-
-    def svg(figure: Figure) -> str | None:
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata=SAVE_METADATA)
-        drawn = buffer.getvalue()
-        if len(drawn) > MOST_SVG:
-            return None
-        # As large as the PNG would be: points of 1/72 inch, at the resolution that PNGs have.
-        return re.sub(r'(width|height)="([\d.]+)pt"', _in_pixels, drawn, count=2)
-
-    def png(figure: Figure) -> bytes:
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-        return buffer.getvalue()
-
     formatters = builtins.get_ipython().display_formatter.formatters
-    formatters["image/svg+xml"].for_type(Figure, svg)
-    formatters["image/png"].for_type(Figure, png)
+    formatters["image/svg+xml"].for_type(Figure, svg_of)
+    formatters["image/png"].for_type(Figure, png_of)
 
 
 def new_figure(rows: int, columns: int, height: float, width: float = WIDTH, **kwargs):

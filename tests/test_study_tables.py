@@ -95,8 +95,8 @@ def test_a_table_says_seeds_intervals_and_reasons():
         "|---|--:|--:|--:|",
         "| SoftVQ | 3 of 3 | 21.33<br>[17.54, 25.13] | not run yet |",
         "| VQ | 1 of 2 | 19.00<br>[18.50, 19.50]° | not run yet |",
-        "| AE | 0 of 1 | not run yet | not run yet |",
-        "| KL | 0 of 1 | not run: no weights | not run |",
+        "| AE | 0 of 1 | not run yet | – |",
+        "| KL | 0 of 1 | not run: no weights | – |",
     ]
     assert [each["value"] for each in found.rows] == [20.0, 21.0, 23.0, 19.0]
     assert "4 measured rows; commit 111111111 (+: with changes since), code 222222222; a processor" in found.provenance
