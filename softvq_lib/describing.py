@@ -71,8 +71,7 @@ def _run(folder: Path) -> Run:
 
 def _status(run: Run) -> str:
     done = [row["step"] for row in run.metrics if "loss" in row]
-    status = run.manifest.get("status", "begun")
-    return status if status == "finished" else f"{status}, step {done[-1] if done else 0}"
+    return "finished" if run.manifest.get("status") == "finished" else f"unfinished, step {done[-1] if done else 0}"
 
 
 def _lines(title: object, **entries: object) -> str:

@@ -4,6 +4,8 @@ import os
 import shutil
 import tempfile
 
+import pytest
+
 # Set before any test module is imported: torch, matplotlib and the hub libraries read these once, at import.
 _SCRATCH = tempfile.mkdtemp(prefix="softvq-tests-")
 os.environ.update(
@@ -24,3 +26,53 @@ for _name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HUGGINGFACE_HUB_CACHE"):
 def pytest_unconfigure():
     """Removes the session's scratch directory."""
     shutil.rmtree(_SCRATCH, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(tmp_path_factory):
+    """A folder of runs with the tokenizer `tok` and the generators `gen` and `mar`, see `tiny_runs.write_runs`."""
+    from tiny_runs import write_runs
+
+    return write_runs(tmp_path_factory.mktemp("tiny_runs"))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of ten images in the classes `cat` and `dog`, of several sizes."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for number in range(10):
+        path = tmp_path / "photos" / ("cat", "dog")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(256, size=(20, 16 + number, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def softvq(tiny_runs, monkeypatch, capsys):
+    """Run a command line and return its exit code, standard output and standard error."""
+    from softvq_lib.cli import main
+
+    monkeypatch.setenv("SOFTVQ_RUNS", str(tiny_runs))
+
+    def call(*arguments):
+        code = main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def refused(softvq):
+    """Run a command line that must fail: return what it says, one line on standard error and no traceback."""
+
+    def call(*arguments, code=2):
+        found, out, err = softvq(*arguments)
+        last = err.splitlines()[-1]
+        assert found == code and out == "" and last.startswith("error: "), err
+        assert "Traceback" not in err and err.count("error: ") == 1
+        return last
+
+    return call

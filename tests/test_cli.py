@@ -1,6 +1,5 @@
-"""The command `softvq`: what it writes, what it refuses, interruptions, full disks, and that it says so in one line."""
+"""The command `softvq`: its help, what it writes, what it refuses, and that it says so in one line."""
 
-import errno
 import inspect
 import json
 import os
@@ -14,71 +13,21 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_runs import NAMES, randomised, write_runs
+from tiny_runs import NAMES, content, randomised
 
 from softvq_lib import __version__, coding, evaluate, pictures, results, sampling
-from softvq_lib.cli import cli, main
+from softvq_lib.cli import cli
 from softvq_lib.data import DataConfig, open_dataset, validation_batches
 from softvq_lib.evaluation.export import to_uint8
 from softvq_lib.tokenizers import Tokenizer
-from softvq_lib.training import latents, trainer
+from softvq_lib.training import trainer
 
 IMAGES = 10
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    return write_runs(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(runs):
-    return Tokenizer.from_pretrained(runs / "tok" / "tokenizer")
-
-
 @pytest.fixture
-def photos(tmp_path):
-    """A folder of ten images in two classes, of several sizes."""
-    rng = np.random.default_rng(0)
-    for number in range(IMAGES):
-        path = tmp_path / "photos" / ("cat", "dog")[number % 2] / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(256, size=(20, 16 + number, 3), dtype=np.uint8)).save(path)
-    return tmp_path / "photos"
-
-
-@pytest.fixture
-def softvq(runs, monkeypatch, capsys):
-    """Run a command and return its exit code, standard output and standard error."""
-    monkeypatch.setenv("SOFTVQ_RUNS", str(runs))
-
-    def call(*arguments):
-        code = main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def refused(softvq):
-    """Run a command that must fail: return what it says, one line on standard error and no traceback."""
-
-    def call(*arguments, code=2):
-        found, out, err = softvq(*arguments)
-        last = err.splitlines()[-1]
-        assert found == code and out == "" and last.startswith("error: "), err
-        assert "Traceback" not in err and err.count("error: ") == 1
-        return last
-
-    return call
-
-
-def content(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.name != ".lock" and path.is_file()
-    }
+def tokenizer(tiny_runs):
+    return Tokenizer.from_pretrained(tiny_runs / "tok" / "tokenizer")
 
 
 def images_of(folder, tokenizer):
@@ -235,7 +184,7 @@ def test_a_model_or_data_that_are_not_there(refused, photos, tmp_path):
     assert not (tmp_path / "z").exists()
 
 
-def test_latents_that_do_not_fit_are_not_decoded(softvq, refused, runs, photos, tmp_path):
+def test_latents_that_do_not_fit_are_not_decoded(softvq, refused, photos, tmp_path):
     out = ("-o", tmp_path / "back")
     softvq("encode", "tok", photos, "-o", tmp_path / "z")
     file = tmp_path / "x.safetensors"
@@ -261,160 +210,6 @@ def test_latents_that_do_not_fit_are_not_decoded(softvq, refused, runs, photos, 
     shard.write_bytes(shard.read_bytes()[:-1] + b"!")
     assert "is damaged: sha256" in refused("decode", "tok", tmp_path / "z", *out)
     assert not any((tmp_path / "back").rglob("*.png"))
-
-
-# -- outputs that exist ----------------------------------------------------------------------------------------------
-
-
-def test_what_is_done_is_found_and_what_is_another_is_refused(softvq, refused, photos, tmp_path):
-    z, back = tmp_path / "z", tmp_path / "back"
-    softvq("encode", "tok", photos, "-o", z)
-    softvq("decode", "tok", z, "-o", back)
-    before = content(z), content(back)
-    assert softvq("encode", "tok", photos, "-o", z)[0] == 0
-    assert softvq("decode", "tok", z, "-o", back)[1].endswith("of which 10 were there already\n")
-    assert "dtype: 'float32' there, 'float16' asked for" in refused(
-        "encode", "tok", photos, "-o", z, "--dtype", "float16"
-    )
-    assert "convention: dit there, mar asked for" in refused("decode", "tok", z, "-o", back, "--convention", "mar")
-    # Folders and files of somebody else, with and without --overwrite.
-    mine = content(photos)
-    for more in ((), ("--overwrite",)):
-        assert "is not empty and holds no latents" in refused("encode", "tok", photos, "-o", photos, *more)
-        assert "holds no pictures of this command" in refused("decode", "tok", z, "-o", photos, *more)
-        assert "holds no pictures of this command" in refused("sample", "gen", "-o", z, "-p", "sample_steps", 1, *more)
-        file = photos / "cat" / "0.png"
-        assert "is a file" in refused("encode", "tok", photos, "-o", file, *more)
-        assert "holds no pictures" in refused("decode", "tok", z, "-o", file, *more)
-    assert content(photos) == mine and (content(z), content(back)) == before
-
-
-def test_overwriting_removes_what_the_command_wrote(softvq, photos, tmp_path):
-    z, back = tmp_path / "z", tmp_path / "back"
-    softvq("encode", "tok", photos, "-o", z, "--shard-size", 4)
-    softvq("decode", "tok", z, "-o", back)
-    for torn in (z / ".shard-00001.safetensors.part", back / "dog" / ".3.png.part"):
-        torn.write_bytes(b"of a process that was killed")
-    (photos / "dog" / "1.png").unlink()
-    assert softvq("encode", "tok", photos, "-o", z, "--dtype", "float16", "--overwrite")[0] == 0
-    assert set(content(z)) == {"latents.json", "names.json", "shard-00000.safetensors"}
-    assert softvq("decode", "tok", z, "-o", back, "--overwrite")[0] == 0
-    assert set(content(back)) == {
-        "pictures.json",
-        *(f"{('cat', 'dog')[n % 2]}/{n}.png" for n in range(IMAGES) if n != 1),
-    }
-
-
-def test_a_folder_with_other_files_is_not_overwritten(softvq, refused, photos, tmp_path):
-    z, back = tmp_path / "z", tmp_path / "back"
-    softvq("encode", "tok", photos, "-o", z)
-    softvq("decode", "tok", z, "-o", back)
-    (z / "notes.txt").write_text("mine")
-    (back / "dog" / "mine.png").write_text("mine")
-    before = content(z), content(back)
-    said = refused("encode", "tok", photos, "-o", z, "--dtype", "float16", "--overwrite")
-    assert "did not write (notes.txt), so it is not overwritten" in said
-    assert "(dog/mine.png)" in refused("decode", "tok", z, "-o", back, "--convention", "mar", "--overwrite")
-    assert (content(z), content(back)) == before
-
-
-def test_a_header_cannot_make_it_remove_files_elsewhere(softvq, refused, photos, tmp_path):
-    softvq("encode", "tok", photos, "-o", tmp_path / "z")
-    (tmp_path / "back").mkdir()
-    (tmp_path / "precious.png").write_bytes(b"mine")
-    (tmp_path / "back" / "pictures.json").write_text(json.dumps({"status": "partial", "files": ["../precious.png"]}))
-    assert "no name of a picture" in refused("decode", "tok", tmp_path / "z", "-o", tmp_path / "back", "--overwrite")
-    assert (tmp_path / "precious.png").exists()
-    (tmp_path / "back" / "pictures.json").write_text("{")
-    assert "cannot be read" in refused("decode", "tok", tmp_path / "z", "-o", tmp_path / "back")
-
-
-# -- interruptions ---------------------------------------------------------------------------------------------------
-
-
-def after(calls: int, function, error: BaseException):
-    """The function, which fails instead of being called once more than so many times."""
-    left = [calls]
-
-    def call(*arguments, **options):
-        left[0] -= 1
-        if left[0] < 0:
-            raise error
-        return function(*arguments, **options)
-
-    return call
-
-
-STOPS = [
-    (KeyboardInterrupt(), 130, "interrupted: the same command goes on"),
-    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 1, "No space left on device while writing to "),
-]
-
-
-@pytest.mark.parametrize(("error", "code", "words"), STOPS, ids=["ctrl-c", "full disk"])
-def test_an_interrupted_encoding_goes_on_and_ends_with_the_same_bytes(
-    error, code, words, softvq, photos, tmp_path, monkeypatch
-):
-    command = ("encode", "tok", photos, "--shard-size", 3, "--batch-size", 2, "-o")
-    softvq(*command, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(latents, "_write", after(2, latents._write, error))
-        found, out, err = softvq(*command, tmp_path / "z")
-    assert (found, out) == (code, "") and words in err and err.strip().count("\n") == 0
-    held = json.loads((tmp_path / "z" / "latents.json").read_text())
-    assert held["status"] == "partial" and len(held["shards"]) == 2
-    kept = content(tmp_path / "z")["shard-00001.safetensors"]
-    encoded = []
-    with monkeypatch.context() as patch:
-        patch.setattr(latents, "_stored", lambda z, *rest, of=latents._stored: encoded.append(len(z)) or of(z, *rest))
-        assert softvq(*command, tmp_path / "z")[0] == 0
-    assert sum(encoded) == 4, "two shards of three were there"
-    assert content(tmp_path / "z") == content(tmp_path / "whole")
-    assert content(tmp_path / "z")["shard-00001.safetensors"] == kept
-
-
-@pytest.mark.parametrize(("error", "code", "words"), STOPS, ids=["ctrl-c", "full disk"])
-@pytest.mark.parametrize("command", ["decode", "sample"])
-def test_interrupted_pictures_go_on_and_end_with_the_same_bytes(
-    command, error, code, words, softvq, photos, tmp_path, monkeypatch
-):
-    softvq("encode", "tok", photos, "-o", tmp_path / "z")
-    arguments = ("tok", tmp_path / "z") if command == "decode" else ("gen", "--each", 2, "-p", "sample_steps", 2)
-    arguments = (command, *arguments, "--batch-size", 4, "-o")
-    softvq(*arguments, tmp_path / "whole")
-    out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr(pictures, "_save", after(5, pictures._save, error))
-        found, printed, err = softvq(*arguments, out)
-    assert (found, printed) == (code, "") and words in err and err.strip().count("\n") == 0
-    assert json.loads((out / "pictures.json").read_text())["status"] == "partial"
-    assert len(content(out)) == 5 + 1
-    torn = next(out.rglob("*.png"))
-    torn.write_bytes(torn.read_bytes()[:-5])
-    with monkeypatch.context() as patch:
-        saved = []
-        patch.setattr(pictures, "_save", lambda *a, of=pictures._save: saved.append(a[0]) or of(*a))
-        assert softvq(*arguments, out)[0] == 0
-    assert torn in saved and len(saved) == len(content(out)) - 1 - 4, "four whole ones were there"
-    assert content(out) == content(tmp_path / "whole")
-
-
-def test_a_picture_that_cannot_be_written_leaves_no_half_of_it(softvq, photos, tmp_path, monkeypatch):
-    softvq("encode", "tok", photos, "-o", tmp_path / "z")
-
-    def torn(image, path, **_):
-        path.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Image.Image, "save", torn)
-        assert softvq("decode", "tok", tmp_path / "z", "-o", tmp_path / "out")[0] == 1
-    assert set(content(tmp_path / "out")) == {"pictures.json"}
-
-
-def test_no_room_is_told_before_anything_is_encoded(refused, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(latents.shutil, "disk_usage", lambda _: type("usage", (), {"free": 100})())
-    assert "0.0 MB of free space, but 10 more latents need" in refused("encode", "tok", photos, "-o", tmp_path / "z")
 
 
 # -- train -----------------------------------------------------------------------------------------------------------
@@ -485,7 +280,7 @@ def test_train_tells_mistakes(refused, tmp_path):
 # -- sample, evaluate, info ------------------------------------------------------------------------------------------
 
 
-def test_samples_by_class_are_those_of_the_grid(softvq, refused, runs, tmp_path):
+def test_samples_by_class_are_those_of_the_grid(softvq, refused, tmp_path):
     steps = ("-p", "sample_steps", 2)
     code, out, _ = softvq(
         "sample", "gen", "-o", tmp_path / "s", "--classes", "star,0", "--each", 3, "--seed", 5, *steps
@@ -535,14 +330,14 @@ def test_evaluate_prints_the_numbers_and_records_them(softvq, refused, tmp_path)
     assert "did you mean 'efflite0'?" in refused("evaluate", "tok", "shapes", "--extractor", "eflite0")
 
 
-def test_info_tells_what_lies_there(softvq, photos, runs, tmp_path):
+def test_info_tells_what_lies_there(softvq, photos, tiny_runs, tmp_path):
     softvq("encode", "tok", photos, "-o", tmp_path / "z")
     softvq("decode", "tok", tmp_path / "z", "-o", tmp_path / "back")
     for name, words in (
         (tmp_path / "z", ("status       finished", "10 of 10", "4 tokens x 3 channels")),
         (tmp_path / "back", ("decoded", "10 of 10", "finished")),
-        (runs / "tok" / "tokenizer", ("tokenizer tiny, softvq", "16 x 16 pixels", "4 tokens x 3 channels")),
-        (runs / "gen" / "generator", ("generator sit tiny", "classes      8", "tokenizer    tok")),
+        (tiny_runs / "tok" / "tokenizer", ("tokenizer tiny, softvq", "16 x 16 pixels", "4 tokens x 3 channels")),
+        (tiny_runs / "gen" / "generator", ("generator sit tiny", "classes      8", "tokenizer    tok")),
     ):
         code, out, _ = softvq("info", name)
         assert code == 0 and all(word in out for word in words), out

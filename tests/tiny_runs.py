@@ -35,3 +35,12 @@ def write_runs(folder: Path) -> Path:
     (folder / "gen" / "config.json").write_text(json.dumps({"requested": {"dataset": "shapes"}}))
     save_generator(generator("mar", 12), folder / "mar" / "generator", **known)
     return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """All files of a folder at any depth but its lock, by their paths inside it."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.name != ".lock" and path.is_file()
+    }
