@@ -142,16 +142,16 @@ def token_data(
     """Pack a decoder, and the latents of pictures for it.
 
     Args:
-        experiment: A tokenizer whose decoder's blocks are plain ones with LayerScale, as those of the small presets.
+        experiment: A tokenizer whose decoder's blocks are plain ones, with or without LayerScale.
         images: (m, 3, height, width) in [-1, 1].
         names: What each picture shows.
         pair: Numbers of the two pictures that a page starts with.
         averaged: Held-out images whose mean latent stands for a token that is taken away.
 
     Returns:
-        `size`, `patch`, `heads`, `depth`, `epsilon`, `tokens`, `dim`, `pictures`, `pair`, `originals` (PNG row),
-        `weights` (see `pack`, under the names of the tokenizer's own parameters) and `latents`, z (m, l, d) and its
-        mean (l, d), packed.
+        `size`, `patch`, `heads`, `depth`, `epsilon`, `tokens`, `dim`, `preset`, `quantizer`, `pictures`, `pair`,
+        `originals` (PNG row), `weights` (see `pack`, under the names of the tokenizer's own parameters) and `latents`,
+        z (m, l, d) and its mean (l, d), packed.
     """
     tokenizer = experiment.run.tokenizer.eval()
     source, config = experiment.data.validation, tokenizer.config
@@ -169,8 +169,8 @@ def token_data(
         "epsilon": vit.norm.eps,
         "tokens": config.tokens,
         "dim": config.dim,
+        "preset": config.preset,
         "quantizer": config.quantizer,
-        "codebook_size": config.codebook_size,
         "pictures": list(names),
         "pair": list(pair),
         "originals": png_row(images),

@@ -25,9 +25,9 @@ def experiments():
     """Two untrained tokenizers, as if they had been trained."""
     data = open_dataset(DataConfig("shapes"), 16)
     found = {}
-    for quantizer, tokens in (("softvq", 4), ("ae", 2)):
+    for preset, quantizer, tokens in (("nano", "softvq", 4), ("tiny", "ae", 2)):
         settings = {"quantizer": quantizer, "tokens": tokens, "dim": 8, "codebook_size": 16, "image_size": 16}
-        tokenizer = Tokenizer.from_preset("tiny", **settings)
+        tokenizer = Tokenizer.from_preset(preset, **settings)
         identity = {"preset": "tiny", "steps": 7, "batch_size": 3, "seed": 1}
         manifest = {"data": {"name": "shapes"}, "device_name": "a machine", "precision": "float32", "dirty": True}
         manifest |= {"packages": {"torch": "2.9"}, "commit": "abcdef0123456789", "ended": "2026-01-02T03:04:05+00:00"}

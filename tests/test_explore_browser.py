@@ -308,7 +308,7 @@ def decoder():
     """The library's decoder with the page's weights."""
     data = read_data("tokens")
     settings = {"tokens": data["tokens"], "dim": data["dim"], "codebook_size": 4, "image_size": data["size"]}
-    tokenizer = Tokenizer.from_preset("tiny", quantizer="ae", patch_size=data["patch"], **settings).eval()
+    tokenizer = Tokenizer.from_preset(data["preset"], quantizer="ae", patch_size=data["patch"], **settings).eval()
     weights = unpack(data["weights"])
     assert set(weights) == {k for k in tokenizer.state_dict() if k.startswith(("decoder.", "from_latent."))}
     tokenizer.load_state_dict(weights, strict=False)

@@ -44,6 +44,18 @@ PRESETS: dict[str, dict] = {
         "codebook_size": 256,
         "codebooks": 1,
     },
+    # `tiny` without LayerScale. (timm reads init_values=None as "what the architecture has", DINOv2's 1e-5.) It learns
+    # faster in the first two thousand steps.
+    "nano": {
+        "encoder": _DINOV2.format("small"),
+        "decoder": _DINOV2.format("small"),
+        "overrides": _small(64, 2, 2) | {"init_values": 0.0},
+        "image_size": 32,
+        "patch": (8, 4),
+        "dim": 16,
+        "codebook_size": 256,
+        "codebooks": 1,
+    },
     **{f"mini{size}": _mini(*nets) for size, nets in _MINI.items()},
     "s": {"encoder": _DINOV2.format("small"), "decoder": _DINOV2.format("small"), **_FULL},
     "b": {"encoder": _DINOV2.format("base"), "decoder": _DINOV2.format("base"), **_FULL},

@@ -115,12 +115,13 @@
         const of = (name) => w[`decoder.vit.blocks.${b}.${name}`];
         const apply = (y, layer) => linear(y, total, of(`${layer}.weight`), of(`${layer}.bias`));
         const norm = (layer) => layerNorm(x, total, of(`${layer}.weight`), of(`${layer}.bias`), epsilon);
+        const scaled = (y, name) => (of(name) ? y.map((value, i) => of(name)[i % width] * value) : y); // LayerScale
         const seen = norm("norm1");
-        const attended = apply(attention(seen, total, apply(seen, "attn.qkv"), heads), "attn.proj");
-        x = x.map((value, i) => value + of("ls1.gamma")[i % width] * attended[i]);
+        const attended = scaled(apply(attention(seen, total, apply(seen, "attn.qkv"), heads), "attn.proj"), "ls1.gamma");
+        x = x.map((value, i) => value + attended[i]);
         const hidden = apply(norm("norm2"), "mlp.fc1").map((value) => (value / 2) * (1 + erf(value / Math.SQRT2)));
-        const mixed = apply(hidden, "mlp.fc2");
-        x = x.map((value, i) => value + of("ls2.gamma")[i % width] * mixed[i]);
+        const mixed = scaled(apply(hidden, "mlp.fc2"), "ls2.gamma");
+        x = x.map((value, i) => value + mixed[i]);
       }
       x = layerNorm(x, total, w["decoder.vit.norm.weight"], w["decoder.vit.norm.bias"], epsilon);
       const pixels = linear(x.subarray(width, (1 + n) * width), n, w["decoder.to_pixels.weight"], w["decoder.to_pixels.bias"]);
