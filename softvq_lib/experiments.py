@@ -95,21 +95,22 @@ class TokenizerExperiment:
         return curve[-1] - curve[0]
 
     def table(self) -> list[dict[str, object]]:
-        """Held-out PSNR of the tokenizer and of PCA: mean over images, 95 % bootstrap interval, n."""
+        """Held-out PSNR of the tokenizer and of PCA: mean over images, 95 % bootstrap interval (None for one), n."""
         identity = self.run.identity
         ours = f"{identity['quantizer']}, {identity['tokens']} tokens x {identity['dim']}"
         methods = {ours: self.measured.psnr} | {f"PCA, {n} components": values for n, values in self.pca.items()}
         lines = []
         for name, values in methods.items():
-            mean, low, high = bootstrap_mean(values)
+            mean, low, high = bootstrap_mean(values) if len(values) > 1 else (float(values[0]), None, None)
             lines.append({"method": name, "psnr": mean, "low": low, "high": high, "n": len(values)})
         return lines
 
     def numbers(self) -> list[Number]:
         """All that was measured, with intervals where there are any, by the names of results rows."""
         names = ("psnr", *(f"psnr_pca_{n}" for n in self.pca))
+        how = "95 % percentile bootstrap over images"
         rows = [
-            Number(name, line["psnr"], line["n"], line["low"], line["high"], "95 % percentile bootstrap over images")
+            Number(name, line["psnr"], line["n"], line["low"], line["high"], "" if line["low"] is None else how)
             for name, line in zip(names, self.table(), strict=True)
         ]
         return rows + [Number(name, value, len(self.measured.psnr)) for name, value in self.measured.usage.items()]
@@ -117,7 +118,8 @@ class TokenizerExperiment:
     def __str__(self) -> str:
         lines = [f"{'':34}{'PSNR, dB':>9}  95 % interval      n"]
         for row in self.table():
-            lines.append(f"{row['method']:34}{row['psnr']:9.2f}  [{row['low']:.2f}, {row['high']:.2f}]  {row['n']:6d}")
+            interval = "one image alone" if row["low"] is None else f"[{row['low']:.2f}, {row['high']:.2f}]"
+            lines.append(f"{row['method']:34}{row['psnr']:9.2f}  {interval}  {row['n']:6d}")
         usage = self.measured.usage
         if usage:
             size = self.run.identity["codebook_size"]

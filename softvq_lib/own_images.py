@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from softvq_lib import results as rows_of
 from softvq_lib.config import at_least, fingerprint, strict
 from softvq_lib.data import DataConfig, DataSplits, open_dataset, validation_batches
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WALL, CPU = "wall_seconds", "cpu_seconds"
+STAGES = ("folder", "tokenizer", "latents", "generator", "samples")  # the order of the table; others come after these
 
 
 @dataclass(frozen=True)
@@ -191,26 +190,31 @@ def record(
         for metric, seconds in ((WALL, stages.wall), (CPU, stages.cpu))
     ]
     psnr = tokenizer.table()[0]
-    shown = {"low": psnr["low"], "high": psnr["high"], "interval": "95 % bootstrap over images"}
+    interval = "" if psnr["low"] is None else "95 % percentile bootstrap over images"
+    shown = {"low": psnr["low"], "high": psnr["high"], "interval": interval}
     rows.append(common | shown | {"metric": "psnr", "value": psnr["psnr"], "n": psnr["n"]})
-    rows[0]["pictures"] = rows_of.keep_pictures(folder / "five_minutes", _sheets(tokenizer, generator))
+    for row, pictures in zip((rows[-1], rows[0]), _sheets(tokenizer, generator), strict=True):
+        row["pictures"] = rows_of.keep_pictures(folder / "five_minutes", pictures)
     rows_of.append(folder / "five_minutes.jsonl", rows)
     return rows
 
 
-def _sheets(tokenizer: "TokenizerExperiment", generator: "GeneratorExperiment") -> dict[str, Path]:
-    """Write what the two models made as one picture each, into the generator's run; no original is among them."""
+def _sheets(tokenizer: "TokenizerExperiment", generator: "GeneratorExperiment") -> list[dict[str, Path]]:
+    """Write what each model made as a picture, into the generator's run; no original is among them."""
     from torchvision.utils import save_image
 
-    folder = generator.run.path / "images"
-    sheets = {"decoded": (tokenizer.measured.reconstructions, 8), "samples": (generator.grid, generator.columns)}
-    paths = {}
+    by_class = generator.grid.unflatten(0, (-1, generator.columns)).transpose(0, 1)  # (column, class, 3, height, width)
+    sheets = {
+        "decoded": (tokenizer.measured.reconstructions, 8),
+        "samples": (by_class.flatten(0, 1), by_class.shape[1]),
+    }
+    look = {"normalize": True, "value_range": (-1, 1), "padding": 1, "pad_value": 1}
+    made = []
     for name, (images, columns) in sheets.items():
-        path = paths[f"{generator.run.name}-{name}.png"] = folder / f"{name}.png"
-        save_image(
-            torch.as_tensor(images), path, nrow=columns, normalize=True, value_range=(-1, 1), padding=1, pad_value=1
-        )
-    return paths
+        path = generator.run.path / "images" / f"{name}.png"
+        save_image(images, path, nrow=columns, **look)
+        made.append({f"{generator.run.name}-{name}.png": path})
+    return made
 
 
 def time_table(rows: list[dict]) -> str:
@@ -218,10 +222,11 @@ def time_table(rows: list[dict]) -> str:
     lines = []
     for wall in (row for row in rows if row["metric"] == WALL):
         cpu = next(row for row in rows if row["metric"] == CPU and row["run"] == wall["run"])
+        stages = sorted(wall["terms"], key=lambda name: (STAGES.index(name) if name in STAGES else len(STAGES), name))
         lines += [
             f"| {wall['data']}, {wall['n']:,} images; {wall['device']} | seconds | processor seconds |",
             "|---|--:|--:|",
-            *(f"| {stage} | {value:.0f} | {cpu['terms'][stage]:.0f} |" for stage, value in wall["terms"].items()),
+            *(f"| {stage} | {wall['terms'][stage]:.0f} | {cpu['terms'][stage]:.0f} |" for stage in stages),
             f"| **all** | **{wall['value']:.0f}** | **{cpu['value']:.0f}** |",
             "",
         ]
