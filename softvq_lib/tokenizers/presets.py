@@ -10,7 +10,8 @@ _DINOV2 = "vit_{}_patch14_dinov2.lvd142m"
 
 
 def _small(width: int, depth: int, heads: int) -> dict:
-    # A LayerScale that starts at 1e-5, as DINOv2's does, needs thousands of steps to open; small nets go without.
+    # timm reads None as "what the architecture has": DINOv2's LayerScale, which starts at 1e-5 and needs thousands of
+    # steps to open. All runs recorded so far with these presets have it; `nano` is one without.
     return {"embed_dim": width, "depth": depth, "num_heads": heads, "init_values": None}
 
 
