@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from softvq_lib import results as rows_of
-from softvq_lib.sweeps import AGAIN, LEDGER, Arm, read_ledger
+from softvq_lib.sweeps import LEDGER, Arm, read_ledger, row_files
 
 NO_BREAK = "\u2011"  # a hyphen at which a date in a narrow column is not broken
 
@@ -40,8 +40,7 @@ def read_all(folder: Path) -> dict[str, list[dict]]:
     Raises:
         ValueError: for a damaged row, see `results.read`.
     """
-    paths = (path for path in sorted(Path(folder).rglob("*.jsonl")) if path.name not in (LEDGER, AGAIN))
-    return {path.relative_to(folder).as_posix(): rows_of.read(path) for path in paths}
+    return {path.relative_to(folder).as_posix(): rows_of.read(path) for path in row_files(folder)}
 
 
 def measured(files: Mapping[str, list[dict]]) -> str:

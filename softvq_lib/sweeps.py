@@ -207,6 +207,11 @@ LEDGER = "cells.jsonl"
 AGAIN = "again.jsonl"  # beside it: what was run once more, and how it compares
 
 
+def row_files(folder: Path) -> list[Path]:
+    """Every file of results rows below a folder, in order of their paths; ledgers are left out."""
+    return [path for path in sorted(Path(folder).rglob("*.jsonl")) if path.name not in (LEDGER, AGAIN)]
+
+
 def read_ledger(results: Path) -> list[dict]:
     """Read the entries of all executions whose rows lie in a folder of results, oldest first.
 

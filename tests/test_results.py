@@ -16,7 +16,7 @@ import pytest
 from softvq_lib import figures, generator_tables, results, tables
 from softvq_lib.evaluation.generator_cost import GeneratorCost
 from softvq_lib.style import SAVE_METADATA
-from softvq_lib.sweeps import AGAIN, LEDGER
+from softvq_lib.sweeps import row_files
 
 from repository import ROOT
 
@@ -101,7 +101,7 @@ def test_rows_without_interval_or_git_are_complete():
 
 
 # Beside the rows lie two accounts of what was executed.
-ROWS = sorted(path for path in FOLDER.rglob("*.jsonl") if path.name not in (LEDGER, AGAIN))
+ROWS = row_files(FOLDER)
 
 
 @pytest.mark.parametrize("path", ROWS, ids=lambda path: str(path.relative_to(FOLDER)))

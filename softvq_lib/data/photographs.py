@@ -7,7 +7,7 @@ from importlib.resources import files
 import numpy as np
 from PIL import Image
 
-from softvq_lib.data.source import Source
+from softvq_lib.data.source import ComputedSource
 
 VERSION = "photographs 1"
 SEED = 20241211
@@ -25,7 +25,7 @@ TRAINED_SHARE = {"china": 0.36, "flower": 0.5, "hopper": 0.5}
 SMALLEST = 48  # side of a window in pixels
 
 
-class PhotographsSource(Source):
+class PhotographsSource(ComputedSource):
     """Windows of 48 pixels and more, resized; window i is a pure function of (split, i).
 
     Args:
@@ -34,14 +34,7 @@ class PhotographsSource(Source):
         limit: keep only the first so many.
     """
 
-    embedded = True
-
-    def __init__(self, split: str, image_size: int, limit: int | None = None):
-        self.split, self.image_size = split, image_size
-        self.count = min(COUNTS[split], limit or COUNTS[split])
-
-    def __len__(self) -> int:
-        return self.count
+    counts = COUNTS
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         name, box = window(self.split, self._check(index))

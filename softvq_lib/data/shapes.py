@@ -8,7 +8,7 @@ from functools import cache, lru_cache
 import numpy as np
 from PIL import Image
 
-from softvq_lib.data.source import Source
+from softvq_lib.data.source import ComputedSource
 
 VERSION = "shapes 1"
 SEED = 20241210
@@ -32,7 +32,7 @@ PALETTE = {
 COLOURS = list(PALETTE)
 
 
-class ShapesSource(Source):
+class ShapesSource(ComputedSource):
     """Shapes at any size; picture i is a pure function of (split, i), so every process draws the same one.
 
     Args:
@@ -41,14 +41,7 @@ class ShapesSource(Source):
         limit: keep only the first so many.
     """
 
-    embedded = True
-
-    def __init__(self, split: str, image_size: int, limit: int | None = None):
-        self.split, self.image_size = split, image_size
-        self.count = min(COUNTS[split], limit or COUNTS[split])
-
-    def __len__(self) -> int:
-        return self.count
+    counts = COUNTS
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         factors = self.factors(index)

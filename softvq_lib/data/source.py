@@ -58,6 +58,29 @@ class Source(ABC):
         return int(index)
 
 
+class ComputedSource(Source):
+    """Pictures of any size that are pure functions of (split, number), so every process makes the same ones.
+
+    Attributes:
+        counts: number of pictures by split.
+
+    Args:
+        split: ``train`` or ``validation``.
+        image_size: side in pixels.
+        limit: keep only the first so many.
+    """
+
+    embedded = True
+    counts: dict[str, int]
+
+    def __init__(self, split: str, image_size: int, limit: int | None = None):
+        self.split, self.image_size = split, image_size
+        self.count = min(self.counts[split], limit or self.counts[split])
+
+    def __len__(self) -> int:
+        return self.count
+
+
 def fixed_order(count: int, salt: int = 0) -> np.ndarray:
     """A shuffled order of `count` items that is the same for ever: on every machine and with every version of NumPy.
 
