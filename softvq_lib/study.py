@@ -211,6 +211,8 @@ DRAWINGS = {
     "representations-words": _of_arms("What it shows: representations", words.representations),
     "pilot": _of_arms("The pilot", figures.pilot),
     "attempt": Drawing("The attempt before: half as many steps", _attempt),
+    "trunk": _of_arms("The study's trunk and one without LayerScale", tables.trunk),
+    "trunk-words": _of_arms("What it shows: LayerScale", words.trunk),
     "budget": Drawing("What the study costs", _budget),
     "reruns": Drawing("Arms that were run again", lambda study: again.reruns(study.results)),
     "ablations": _of_arms("Sec. 4.5 at mini scale, one change at a time", figures.ablations),

@@ -86,6 +86,15 @@ def rate(arms: Sequence[Measured]) -> Drawn:
     return table(select(arms, "rate"), factors, TOKENIZER, floors=True)
 
 
+_TRUNKS = {"layerscale": "with LayerScale", "plain": "without"}
+
+
+def trunk(arms: Sequence[Measured]) -> Drawn:
+    """The study's trunk and one without LayerScale."""
+    factors = {"tokens": "tokens", "trunk": "trunk", "quantizer": "quantizer"}
+    return table(select(arms, "trunk"), factors, TOKENIZER, floors=True, names={"trunk": _TRUNKS})
+
+
 def slopes(arms: Sequence[Measured], metrics: Sequence[str] = (PSNR, RFD, PROBE, KID)) -> Drawn:
     """Change of each metric per doubling of the tokens, for each quantizer and alignment, over seeds done."""
     heads = ["quantizer", "aligned with", *(METRICS[metric].head.strip(" ↓↑") for metric in metrics)]

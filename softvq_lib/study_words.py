@@ -116,14 +116,31 @@ def fixed_dim(arms: Sequence[Measured]) -> Drawn:
 
 def rate(arms: Sequence[Measured]) -> Drawn:
     """Sweep rate: SoftVQ beside VQ at the study's learning rate and at twice that, and each beside itself."""
+    return _confound(arms, "rate", "lr", {"2e-3": "rate 2e-3", "4e-3": "rate 4e-3"}, ("at 4e-3", "at 2e-3"))
+
+
+def trunk(arms: Sequence[Measured]) -> Drawn:
+    """Sweep trunk: SoftVQ beside VQ with LayerScale and without, and each beside itself."""
+    names = {"layerscale": "with LayerScale", "plain": "without LayerScale"}
+    return _confound(arms, "trunk", "trunk", names, ("without LayerScale", "with it"))
+
+
+def _confound(
+    arms: Sequence[Measured], sweep: str, factor: str, notes: dict[str, str], sides: tuple[str, str]
+) -> Drawn:
+    """SoftVQ beside VQ at either level of a factor that is no part of the claim, and each beside itself.
+
+    `notes` has words for the study's own level, then for the other; `sides` for the other beside the study's.
+    """
+    own, other = notes
     few = []
-    for lr in ("2e-3", "4e-3"):
-        levels = {"quantizer": "softvq", "lr": lr}, {"quantizer": "vq", "lr": lr}
-        few += [Versus(m, ("SoftVQ", "VQ"), *levels, ("seed", "tokens"), f"rate {lr}") for m in (PSNR, RFD)]
+    for level, note in notes.items():
+        levels = {"quantizer": "softvq", factor: level}, {"quantizer": "vq", factor: level}
+        few += [Versus(m, ("SoftVQ", "VQ"), *levels, ("seed", "tokens"), note) for m in (PSNR, RFD)]
     for name, quantizer in (("SoftVQ", "softvq"), ("VQ", "vq")):
-        levels = {"quantizer": quantizer, "lr": "4e-3"}, {"quantizer": quantizer, "lr": "2e-3"}
-        few.append(Versus(PSNR, (f"{name} at 4e-3", "at 2e-3"), *levels, ("seed", "tokens")))
-    return shown(arms, "rate", few)
+        levels = {"quantizer": quantizer, factor: other}, {"quantizer": quantizer, factor: own}
+        few.append(Versus(PSNR, (f"{name} {sides[0]}", sides[1]), *levels, ("seed", "tokens")))
+    return shown(arms, sweep, few)
 
 
 def alignment(arms: Sequence[Measured]) -> Drawn:

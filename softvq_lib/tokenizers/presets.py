@@ -9,10 +9,10 @@ from softvq_lib.tokenizers.softvq import temperatures
 _DINOV2 = "vit_{}_patch14_dinov2.lvd142m"
 
 
-def _small(width: int, depth: int, heads: int) -> dict:
+def _small(width: int, depth: int, heads: int, init_values: float | None = None) -> dict:
     # timm reads None as "what the architecture has": DINOv2's LayerScale, which starts at 1e-5 and needs thousands of
-    # steps to open. All runs recorded so far with these presets have it; `nano` is one without.
-    return {"embed_dim": width, "depth": depth, "num_heads": heads, "init_values": None}
+    # steps to open. The study's trunks have it; `nano` and `mini-plain` are those without.
+    return {"embed_dim": width, "depth": depth, "num_heads": heads, "init_values": init_values}
 
 
 # encoder, decoder: timm names; *_overrides: what differs from the named architecture.
@@ -21,9 +21,9 @@ def _small(width: int, depth: int, heads: int) -> dict:
 _FULL = {"image_size": 256, "patch": (16, 8), "dim": None, "codebook_size": 8192, "codebooks": 4, "overrides": {}}
 
 
-def _mini(encoder: tuple[int, int, int], decoder: tuple[int, int, int]) -> dict:
+def _mini(encoder: tuple[int, int, int], decoder: tuple[int, int, int], init_values: float | None = None) -> dict:
     small = {"encoder": _DINOV2.format("small"), "decoder": _DINOV2.format("small")}
-    nets = {"overrides": _small(*encoder), "decoder_overrides": _small(*decoder)}
+    nets = {"overrides": _small(*encoder, init_values), "decoder_overrides": _small(*decoder, init_values)}
     return {**small, **nets, "image_size": 32, "patch": (8, 4), "dim": 16, "codebook_size": 1024, "codebooks": 1}
 
 
@@ -50,7 +50,7 @@ PRESETS: dict[str, dict] = {
     "nano": {
         "encoder": _DINOV2.format("small"),
         "decoder": _DINOV2.format("small"),
-        "overrides": _small(64, 2, 2) | {"init_values": 0.0},
+        "overrides": _small(64, 2, 2, init_values=0.0),
         "image_size": 32,
         "patch": (8, 4),
         "dim": 16,
@@ -58,6 +58,7 @@ PRESETS: dict[str, dict] = {
         "codebooks": 1,
     },
     **{f"mini{size}": _mini(*nets) for size, nets in _MINI.items()},
+    "mini-plain": _mini(*_MINI[""], init_values=0.0),  # `mini` without LayerScale
     "s": {"encoder": _DINOV2.format("small"), "decoder": _DINOV2.format("small"), **_FULL},
     "b": {"encoder": _DINOV2.format("base"), "decoder": _DINOV2.format("base"), **_FULL},
     "bl": {"encoder": _DINOV2.format("base"), "decoder": _DINOV2.format("large"), **_FULL},
