@@ -323,7 +323,8 @@ def _how(settings: SampleConfig | None, loaded: Loaded | None, tokenizer: str) -
     """Return for the rows how samples were made, as far as it is known."""
     if loaded is None:
         return {}
-    sampling = {f"sampling_{name}": value for name, value in asdict(settings).items() if value is not None}
+    how = asdict(settings.resolved(loaded.model))
+    sampling = {f"sampling_{name}": value for name, value in how.items() if value is not None}
     model = {f"generator_{name}": value for name, value in asdict(loaded.model.config).items()}
     return {"tokenizer": _short(tokenizer), **model, **sampling}
 

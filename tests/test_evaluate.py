@@ -138,7 +138,10 @@ def test_samples_are_judged_again_with_guidance_and_their_classes_by_a_head(runs
     found = evaluate(**asked, results=str(tmp_path / "rows"), pictures=False)
     plain, guided = (named(found.rows, run) for run in ("theirs", "theirs, guided 3"))
     assert set(plain) == set(guided) and "class_agreement" in plain
-    assert plain["class_agreement"]["config"]["sampling_guidance_scale"] == 1
+    config = plain["class_agreement"]["config"]
+    assert config["sampling_guidance_scale"] == 1
+    # Nothing was asked of the solver, and the rows say what it was all the same.
+    assert (config["sampling_solver"], config["sampling_sample_steps"]) == ("euler", 50)
     assert guided["class_agreement"]["config"]["sampling_guidance_scale"] == 3
     assert [scale for scale, _ in made] == [1, 3] and made[0][1] == made[1][1]  # from the same noise
     terms = plain["class_agreement"]["terms"]

@@ -1,7 +1,8 @@
 """Settings of sampling for all generators, and sampling in batches with a seed for each image (Sec. 4.1)."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +88,16 @@ class SampleConfig:
                 f"generator={generator!r} does not go through: leave them out, and choose guidance_schedule."
             )
         return chosen
+
+    def resolved(self, model: nn.Module) -> "SampleConfig":
+        """Return the same with the defaults of a model's `sample` in the place of None, where that names a value.
+
+        Args:
+            model: SiT, DiT or MAR.
+        """
+        defaults = signature(model.sample).parameters
+        mine = _OF[model.config.generator].items()
+        return replace(self, **{name: defaults[there].default for name, there in mine if getattr(self, name) is None})
 
 
 @torch.no_grad()
