@@ -187,6 +187,22 @@ def test_less_is_better_where_it_is():
     )
 
 
+def test_sentences_on_samples_begin_with_what_their_tokenizers_reconstruct():
+    arms = [arm(0, quantizer=name) for name in ("softvq", "vq", "ae")]
+    bounds = {"reconstruction.KID-EffLite0": (0.3, 0.4, 0.2), "reconstruction.recall-EffLite0": (0.01, 0.01, 0.5)}
+    for place, each in enumerate(arms):
+        for metric, values in bounds.items():
+            each.rows[metric] = row(each.arm.name, metric.partition(".")[2], values[place], 0.01)
+    for each, value in zip(arms, (0.45, 0.5), strict=False):
+        each.rows[KID] = row(f"{each.arm.name}-sit", "KID-EffLite0", value, 0.01)
+    said = study_words.shown(arms, "made_up", [versus(KID)])
+    first, second = said.content.splitlines()
+    # AE was not sampled, so its reconstructions bound nothing.
+    assert first.endswith("have a KID of 0.300 to 0.400 and a recall of 0.010.")
+    assert second.startswith("- SoftVQ has a lower KID-EffLite0 than VQ") and len(said.rows) == 6
+    assert len(study_words.shown(arms, "made_up", [versus()]).content.splitlines()) == 1
+
+
 # -- budget ------------------------------------------------------------------------------------------------------------
 
 
