@@ -234,7 +234,7 @@ def steps(arms: Sequence[Measured]) -> Drawn:
     levels = {"quantizer": "softvq"}, {"quantizer": "kl"}
     budgets = sorted({arm.factors["steps"] for arm in select(arms, "steps")}, key=int)
     names = ("SoftVQ", "KL")
-    comparisons = [Versus(KID, names, *levels, ("seed", "steps"), "all budgets")]
+    comparisons = [Versus(KID, names, *levels, ("seed", "steps"), "all budgets; those of a seed share both tokenizers")]
     comparisons += [Versus(KID, names, *levels, note=f"{budget} steps", where={"steps": budget}) for budget in budgets]
     return shown(arms, "steps", comparisons)
 
