@@ -70,17 +70,15 @@ def _pairs(number: int) -> str:
 def shown(arms: Sequence[Measured], sweep: str, comparisons: Iterable[Versus]) -> Drawn:
     """A list of sentences on one sweep."""
     mine, comparisons = select(arms, sweep), list(comparisons)
-    used = [
-        row
-        for versus in comparisons
-        for row in rows_shown(
-            [arm for arm in mine if arm.has(versus.where) and (arm.has(versus.a) or arm.has(versus.b))], [versus.metric]
-        )
-    ]
-    lines = [sentence(mine, versus) for versus in comparisons]
-    if any(versus.metric in SAMPLES for versus in comparisons):
-        bound, bounding = _within_reach(mine)
-        lines[:0], used = [bound] if bound else [], used + bounding
+    used, sampled = [], {}
+    for versus in comparisons:
+        sides = [arm for arm in mine if arm.has(versus.where) and (arm.has(versus.a) or arm.has(versus.b))]
+        used += rows_shown(sides, [versus.metric])
+        if versus.metric in SAMPLES:
+            sampled |= {arm.arm.name: arm for arm in sides}
+    bound, bounding = _within_reach(sampled.values())
+    lines = [*bound, *(sentence(mine, versus) for versus in comparisons)]
+    used += bounding
     rows = {(row["experiment"], row["run"], row["metric"]): row for row in used}
     return Drawn("\n".join(f"- {line}" for line in lines), list(rows.values()))
 
@@ -88,16 +86,17 @@ def shown(arms: Sequence[Measured], sweep: str, comparisons: Iterable[Versus]) -
 _BOUND = {"KID": "reconstruction.KID-EffLite0", "recall": "reconstruction.recall-EffLite0"}
 
 
-def _within_reach(arms: Sequence[Measured]) -> tuple[str, list[dict]]:
-    """What the reconstructions of tokenizers have whose latents were sampled, with the rows; "" without any."""
+def _within_reach(arms: Iterable[Measured]) -> tuple[list[str], list[dict]]:
+    """What the reconstructions of tokenizers have whose latents were sampled, in a sentence or none, with the rows."""
+    arms = list(arms)
     rows = {name: [arm.rows[m] for arm in arms if KID in arm.rows and m in arm.rows] for name, m in _BOUND.items()}
     if not all(rows.values()):
-        return "", []
+        return [], []
     values = {name: sorted({f"{row['value']:.3f}" for row in found}) for name, found in rows.items()}
     ranges = {name: " to ".join(dict.fromkeys((each[0], each[-1]))) for name, each in values.items()}
     text = "Reconstructions of held-out images by these tokenizers, which samples of their latents can hardly surpass, "
     text += f"have a KID of {ranges['KID']} and a recall of {ranges['recall']}."
-    return text, [row for found in rows.values() for row in found]
+    return [text], [row for found in rows.values() for row in found]
 
 
 def _quantizers(metric: str, a: str, b: str, alignment: str) -> Versus:
