@@ -144,6 +144,11 @@ def number(value: float, metric: str) -> str:
     return ("0" + text[2:] if float(text.replace(",", "")) == 0 and text[0] == "-" else text).replace("-", "−")
 
 
+def span(values: Sequence[float], metric: str) -> str:
+    """The least and the greatest of some values of a metric, once where they are written alike."""
+    return " to ".join(dict.fromkeys(number(end, metric) for end in (min(values), max(values))))
+
+
 def cell(arms: Sequence[Measured], metric: str, mark: bool = False) -> str:
     """A cell of a table in Markdown: value, its interval below it, or the reason why there is none.
 
@@ -275,6 +280,5 @@ def _floors(arms: Sequence[Measured], metrics: Sequence[str]) -> list[str]:
     for metric in metrics:
         terms = [row.get("terms", {}) for row in rows_shown(arms, [metric])]
         values = [value for each in terms if (value := each.get("real", each.get("floor"))) is not None]
-        ends = dict.fromkeys(number(end, metric) for end in (min(values), max(values))) if values else ["–"]
-        cells.append(" to ".join(ends))
+        cells.append(span(values, metric) if values else "–")
     return cells if set(cells) != {"–"} else []

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from softvq_lib.arms import Measured, pairs, select
 from softvq_lib.evaluation.statistics import t_interval
-from softvq_lib.study_cells import METRICS, SAMPLES, Drawn, number, rows_shown
-from softvq_lib.study_tables import CHANGES, FD, KID, PROBE, PSNR, RFD, RKID, TOPICS, of_topic
+from softvq_lib.study_cells import METRICS, SAMPLES, Drawn, number, rows_shown, span
+from softvq_lib.study_tables import CHANGES, FD, KID, PROBE, PSNR, RECALL, RFD, RKID, TOPICS, of_topic
 
 
 @dataclass(frozen=True)
@@ -70,33 +70,30 @@ def _pairs(number: int) -> str:
 def shown(arms: Sequence[Measured], sweep: str, comparisons: Iterable[Versus]) -> Drawn:
     """A list of sentences on one sweep."""
     mine, comparisons = select(arms, sweep), list(comparisons)
-    used, sampled = [], {}
+    used, sampled = [], []
     for versus in comparisons:
         sides = [arm for arm in mine if arm.has(versus.where) and (arm.has(versus.a) or arm.has(versus.b))]
         used += rows_shown(sides, [versus.metric])
         if versus.metric in SAMPLES:
-            sampled |= {arm.arm.name: arm for arm in sides}
-    bound, bounding = _within_reach(sampled.values())
+            sampled += [arm for arm in sides if KID in arm.rows]
+    bound, bounding = _within_reach(sampled)
     lines = [*bound, *(sentence(mine, versus) for versus in comparisons)]
     used += bounding
     rows = {(row["experiment"], row["run"], row["metric"]): row for row in used}
     return Drawn("\n".join(f"- {line}" for line in lines), list(rows.values()))
 
 
-_BOUND = {"KID": "reconstruction.KID-EffLite0", "recall": "reconstruction.recall-EffLite0"}
+_BOUND = {KID: "reconstruction.KID-EffLite0", RECALL: "reconstruction.recall-EffLite0"}
 
 
-def _within_reach(arms: Iterable[Measured]) -> tuple[list[str], list[dict]]:
+def _within_reach(sampled: Sequence[Measured]) -> tuple[list[str], list[dict]]:
     """What the reconstructions of tokenizers have whose latents were sampled, in a sentence or none, with the rows."""
-    arms = list(arms)
-    rows = {name: [arm.rows[m] for arm in arms if KID in arm.rows and m in arm.rows] for name, m in _BOUND.items()}
+    rows = {of_samples: rows_shown(sampled, [metric]) for of_samples, metric in _BOUND.items()}
     if not all(rows.values()):
         return [], []
-    values = {name: sorted({f"{row['value']:.3f}" for row in found}) for name, found in rows.items()}
-    ranges = {name: " to ".join(dict.fromkeys((each[0], each[-1]))) for name, each in values.items()}
+    kid, recall = (span([row["value"] for row in found], metric) for metric, found in rows.items())
     text = "Reconstructions of held-out images by these tokenizers, which samples of their latents can hardly surpass, "
-    text += f"have a KID of {ranges['KID']} and a recall of {ranges['recall']}."
-    return [text], [row for found in rows.values() for row in found]
+    return [f"{text}have a KID of {kid} and a recall of {recall}."], [row for found in rows.values() for row in found]
 
 
 def _quantizers(metric: str, a: str, b: str, alignment: str) -> Versus:
