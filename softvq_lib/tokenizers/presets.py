@@ -21,10 +21,20 @@ def _small(width: int, depth: int, heads: int, init_values: float | None = None)
 _FULL = {"image_size": 256, "patch": (16, 8), "dim": None, "codebook_size": 8192, "codebooks": 4, "overrides": {}}
 
 
+# What the small ones share.
+_SMALL = {
+    "encoder": _DINOV2.format("small"),
+    "decoder": _DINOV2.format("small"),
+    "image_size": 32,
+    "patch": (8, 4),
+    "dim": 16,
+    "codebooks": 1,
+}
+
+
 def _mini(encoder: tuple[int, int, int], decoder: tuple[int, int, int], init_values: float | None = None) -> dict:
-    small = {"encoder": _DINOV2.format("small"), "decoder": _DINOV2.format("small")}
     nets = {"overrides": _small(*encoder, init_values), "decoder_overrides": _small(*decoder, init_values)}
-    return {**small, **nets, "image_size": 32, "patch": (8, 4), "dim": 16, "codebook_size": 1024, "codebooks": 1}
+    return {**_SMALL, **nets, "codebook_size": 1024}
 
 
 # Width, depth and heads of encoder and decoder: four sizes that differ as S, B, BL and L do; `mini` stands for B.
@@ -35,28 +45,9 @@ _MINI = {
     "-l": ((224, 6, 7), (224, 6, 7)),
 }
 PRESETS: dict[str, dict] = {
-    "tiny": {
-        "encoder": _DINOV2.format("small"),
-        "decoder": _DINOV2.format("small"),
-        "overrides": _small(64, 2, 2),
-        "image_size": 32,
-        "patch": (8, 4),
-        "dim": 16,
-        "codebook_size": 256,
-        "codebooks": 1,
-    },
-    # `tiny` without LayerScale. (timm reads init_values=None as "what the architecture has", DINOv2's 1e-5.) It learns
-    # faster in the first two thousand steps.
-    "nano": {
-        "encoder": _DINOV2.format("small"),
-        "decoder": _DINOV2.format("small"),
-        "overrides": _small(64, 2, 2, init_values=0.0),
-        "image_size": 32,
-        "patch": (8, 4),
-        "dim": 16,
-        "codebook_size": 256,
-        "codebooks": 1,
-    },
+    "tiny": {**_SMALL, "overrides": _small(64, 2, 2), "codebook_size": 256},
+    # `tiny` without LayerScale. It learns faster in the first two thousand steps.
+    "nano": {**_SMALL, "overrides": _small(64, 2, 2, init_values=0.0), "codebook_size": 256},
     **{f"mini{size}": _mini(*nets) for size, nets in _MINI.items()},
     "mini-plain": _mini(*_MINI[""], init_values=0.0),  # `mini` without LayerScale
     "s": {"encoder": _DINOV2.format("small"), "decoder": _DINOV2.format("small"), **_FULL},
